@@ -1,0 +1,44 @@
+//! Inverted dropout with a mask that is a pure function of its address (Srivastava et al. 2014).
+//!
+//! `y = x · mask / (1 - p)`, where `mask` is 0 with probability `p`, drawn from (stream, sample, position, site, column). No
+//! mask is stored: the backward is the same call on the gradient, and a token's mask does not depend on the batch.
+
+use candle_core::Tensor;
+
+use crate::rng::Philox;
+use crate::view::{tensor, view};
+use crate::{Error, Result};
+
+mod cpu;
+
+/// Widest row: columns are counted in the low half of a 32-bit counter, four to a draw.
+const MAX_WIDTH: usize = 4 << 16;
+
+/// Drops elements of `x [T, d]` with probability `p` and divides the others by `1 - p`; returns `[T, d]`.
+///
+/// Row `t` is addressed by `rows[t]`, a (sample, position), in the stream `philox`; `site` tells the dropouts of a model
+/// apart. The backward is the same call on `dy`. With `p = 0` the input is returned as it is.
+///
+/// # Errors
+/// If `p` is not in `[0, 1)`, d exceeds 262144, or a shape, dtype or device does not fit.
+pub fn dropout(x: &Tensor, p: f32, philox: &Philox, site: u16, rows: &[(u64, u32)]) -> Result<Tensor> {
+    const OP: &str = "dropout";
+    let &[tokens, width] = x.dims() else {
+        return Err(Error::shape(OP, "x", "[T, d]", x.dims()));
+    };
+    if rows.len() != tokens {
+        return Err(Error::shape(OP, "number of row addresses", tokens, rows.len()));
+    }
+    if width > MAX_WIDTH {
+        return Err(Error::shape(OP, "width", format!("at most {MAX_WIDTH}"), width));
+    }
+    if !(0.0..1.0).contains(&p) {
+        return Err(Error::shape(OP, "p", "in [0, 1)", p));
+    }
+    if p == 0.0 {
+        return Ok(x.clone());
+    }
+    let mut y = vec![0.0; tokens * width];
+    cpu::dropout(&view(OP, x)?, width, p, philox, site, rows, &mut y);
+    tensor(y, (tokens, width))
+}

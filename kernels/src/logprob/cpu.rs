@@ -1,0 +1,215 @@
+//! The head over tiles of logits: each tile is a matrix product, a pass over its rows and, backward, two more products.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::row::{BLOCK, Partial};
+use crate::gemm::{Gemm, gemm};
+use crate::math::exp;
+use crate::simd::{fma, simd_fn};
+
+/// Rows of a tile.
+const TILE_ROWS: usize = 1024;
+/// Vocabulary entries of a tile; whole blocks of the row sums.
+const TILE_COLUMNS: usize = 4 * BLOCK;
+/// Entries of the bias gradient that one task sums.
+const BIAS_COLUMNS: usize = 256;
+
+/// The weights of a head.
+pub(super) struct Head<'a> {
+    /// `[V, width]`.
+    pub(super) w: &'a [f32],
+    /// `[V]`.
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) inv_temperature: f32,
+    pub(super) width: usize,
+}
+
+/// What forward computes for each row.
+pub(super) struct RowOutputs {
+    pub(super) logp: Vec<f32>,
+    pub(super) entropy: Vec<f32>,
+    pub(super) lse: Vec<f32>,
+}
+
+/// What backward needs of each row; all of one length.
+pub(super) struct RowGrads<'a> {
+    pub(super) labels: &'a [u32],
+    pub(super) lse: &'a [f32],
+    pub(super) entropy: &'a [f32],
+    pub(super) dlogp: &'a [f32],
+    pub(super) dentropy: Option<&'a [f32]>,
+}
+
+impl Head<'_> {
+    fn vocabulary(&self) -> usize {
+        self.w.len() / self.width
+    }
+
+    /// The vocabulary in tiles.
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let vocabulary = self.vocabulary();
+        (0..vocabulary).step_by(TILE_COLUMNS).map(move |start| start..(start + TILE_COLUMNS).min(vocabulary))
+    }
+
+    /// Weights of some entries, `[columns, width]`.
+    fn weights(&self, columns: &Range<usize>) -> &[f32] {
+        &self.w[columns.start * self.width..columns.end * self.width]
+    }
+
+    /// The logits of all rows of `h` for some entries, `[rows, columns]`: the bits of [`crate::gemm::linear`].
+    pub(super) fn tile(&self, h: &[f32], columns: Range<usize>, out: &mut [f32]) {
+        let (rows, width) = (h.len() / self.width, columns.len());
+        if let Some(bias) = self.bias {
+            out.chunks_mut(width).for_each(|row| row.copy_from_slice(&bias[columns.clone()]));
+        }
+        gemm(Gemm {
+            m: rows,
+            n: width,
+            k: self.width,
+            a: h,
+            a_row_stride: self.width,
+            a_col_stride: 1,
+            b: self.weights(&columns),
+            b_row_stride: 1,
+            b_col_stride: self.width,
+            c: out,
+            c_row_stride: width,
+            accumulate: self.bias.is_some(),
+        });
+        if self.inv_temperature != 1.0 {
+            out.par_chunks_mut(width).for_each(|row| scale(row, self.inv_temperature));
+        }
+    }
+}
+
+fn add(row: &mut [f32], terms: &[f32]) {
+    for (value, term) in row.iter_mut().zip(terms) {
+        *value += term;
+    }
+}
+
+fn scale(row: &mut [f32], factor: f32) {
+    for value in row {
+        *value *= factor;
+    }
+}
+
+/// `label`'s place in a tile that holds `columns`, if it is there.
+fn column_of(label: u32, columns: &Range<usize>) -> Option<usize> {
+    columns.contains(&(label as usize)).then(|| label as usize - columns.start)
+}
+
+pub(super) fn forward(head: &Head, h: &[f32], labels: &[u32]) -> RowOutputs {
+    let rows = labels.len();
+    let mut outputs =
+        RowOutputs { logp: Vec::with_capacity(rows), entropy: Vec::with_capacity(rows), lse: Vec::with_capacity(rows) };
+    let mut tile = vec![0.0; rows.min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
+    for (h, labels) in h.chunks(TILE_ROWS * head.width).zip(labels.chunks(TILE_ROWS)) {
+        let mut partials = vec![(Partial::EMPTY, f32::NAN); labels.len()];
+        for columns in head.tiles() {
+            let tile = &mut tile[..labels.len() * columns.len()];
+            head.tile(h, columns.clone(), tile);
+            let rows = tile.par_chunks(columns.len()).zip(labels);
+            partials.par_iter_mut().zip(rows).for_each(|((seen, label_logit), (logits, &label))| {
+                *seen = seen.extend(logits);
+                if let Some(column) = column_of(label, &columns) {
+                    *label_logit = logits[column];
+                }
+            });
+        }
+        for (seen, label_logit) in partials {
+            let stats = seen.finish();
+            outputs.logp.push(stats.log_prob(label_logit));
+            outputs.entropy.push(stats.entropy);
+            outputs.lse.push(stats.lse);
+        }
+    }
+    outputs
+}
+
+/// Returns dh; adds to `dw` and, if it is not empty, to `column_sums`, the gradient of the bias.
+pub(super) fn backward(head: &Head, h: &[f32], rows: &RowGrads, dw: &mut [f32], column_sums: &mut [f32]) -> Vec<f32> {
+    let width = head.width;
+    let mut dh = vec![0.0; h.len()];
+    let mut tile = vec![0.0; rows.labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
+    for (chunk, (h, dh)) in h.chunks(TILE_ROWS * width).zip(dh.chunks_mut(TILE_ROWS * width)).enumerate() {
+        let (first, count) = (chunk * TILE_ROWS, h.len() / width);
+        for columns in head.tiles() {
+            let tile = &mut tile[..count * columns.len()];
+            head.tile(h, columns.clone(), tile);
+            tile.par_chunks_mut(columns.len()).enumerate().for_each(|(offset, logits)| {
+                rows.logit_grads(first + offset, head.inv_temperature, &columns, logits);
+            });
+            gemm(Gemm {
+                m: columns.len(),
+                n: width,
+                k: count,
+                a: tile,
+                a_row_stride: 1,
+                a_col_stride: columns.len(),
+                b: h,
+                b_row_stride: width,
+                b_col_stride: 1,
+                c: &mut dw[columns.start * width..columns.end * width],
+                c_row_stride: width,
+                accumulate: true,
+            });
+            gemm(Gemm {
+                m: count,
+                n: width,
+                k: columns.len(),
+                a: tile,
+                a_row_stride: columns.len(),
+                a_col_stride: 1,
+                b: head.weights(&columns),
+                b_row_stride: width,
+                b_col_stride: 1,
+                c: dh,
+                c_row_stride: width,
+                accumulate: true,
+            });
+            if !column_sums.is_empty() {
+                add_column_sums(tile, &mut column_sums[columns]);
+            }
+        }
+    }
+    dh
+}
+
+impl RowGrads<'_> {
+    /// Turns the logits of `row` for some entries into their gradients.
+    fn logit_grads(&self, row: usize, inv_temperature: f32, columns: &Range<usize>, logits: &mut [f32]) {
+        let dlogp = self.dlogp[row] * inv_temperature;
+        let dentropy = self.dentropy.map_or(0.0, |dentropy| dentropy[row] * inv_temperature);
+        softmax_grads(logits, self.lse[row], self.entropy[row], dlogp, dentropy);
+        if let Some(column) = column_of(self.labels[row], columns) {
+            logits[column] += dlogp;
+        }
+    }
+}
+
+simd_fn! {
+    /// `l ← −p (dlogp + dentropy (log p + entropy))` with `log p = l − lse`.
+    fn softmax_grads(logits: &mut [f32], lse: f32, entropy: f32, dlogp: f32, dentropy: f32) = softmax_grads_body;
+}
+
+#[inline(always)]
+fn softmax_grads_body<const FMA: bool>(logits: &mut [f32], lse: f32, entropy: f32, dlogp: f32, dentropy: f32) {
+    for logit in logits {
+        let logp = *logit - lse;
+        *logit = -exp::<FMA>(logp) * fma::<FMA>(dentropy, logp + entropy, dlogp);
+    }
+}
+
+/// Adds the sum over rows of each column, rows in order.
+fn add_column_sums(tile: &[f32], sums: &mut [f32]) {
+    let width = sums.len();
+    sums.par_chunks_mut(BIAS_COLUMNS).enumerate().for_each(|(chunk, sums)| {
+        let start = chunk * BIAS_COLUMNS;
+        for row in tile.chunks(width) {
+            add(sums, &row[start..start + sums.len()]);
+        }
+    });
+}

@@ -1,0 +1,171 @@
+//! Loops of the activations.
+
+use rayon::prelude::*;
+
+use super::Activation;
+use crate::math::{exp, normal_cdf, sigmoid};
+use crate::simd::{fma, simd_fn};
+use crate::view::rows_per_task;
+
+/// Elements per task of the plain activations.
+const CHUNK: usize = 16_384;
+
+pub(super) fn gated(gate_up: &[f32], width: usize, act: Activation, y: &mut [f32]) {
+    if width == 0 {
+        return;
+    }
+    let rows = rows_per_task(width);
+    y.par_chunks_mut(rows * width).zip(gate_up.par_chunks(rows * 2 * width)).for_each(|(y, gate_up)| {
+        for (y, row) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
+            let (gate, up) = row.split_at(width);
+            gated_row(gate, up, act, y);
+        }
+    });
+}
+
+pub(super) fn gated_backward(dy: &[f32], gate_up: &[f32], width: usize, act: Activation, dx: &mut [f32]) {
+    if width == 0 {
+        return;
+    }
+    let rows = rows_per_task(width);
+    let inputs = dy.par_chunks(rows * width).zip(gate_up.par_chunks(rows * 2 * width));
+    dx.par_chunks_mut(rows * 2 * width).zip(inputs).for_each(|(dx, (dy, gate_up))| {
+        let inputs = dy.chunks_exact(width).zip(gate_up.chunks_exact(2 * width));
+        for (dx, (dy, row)) in dx.chunks_exact_mut(2 * width).zip(inputs) {
+            let (gate, up) = row.split_at(width);
+            let (dgate, dup) = dx.split_at_mut(width);
+            gated_backward_row(dy, gate, up, act, dgate, dup);
+        }
+    });
+}
+
+pub(super) fn activation(x: &[f32], act: Activation, y: &mut [f32]) {
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| plain(x, act, y));
+}
+
+pub(super) fn activation_backward(dy: &[f32], x: &[f32], act: Activation, dx: &mut [f32]) {
+    let inputs = dy.par_chunks(CHUNK).zip(x.par_chunks(CHUNK));
+    dx.par_chunks_mut(CHUNK).zip(inputs).for_each(|(dx, (dy, x))| plain_backward(dy, x, act, dx));
+}
+
+/// Value and derivative at `x`.
+#[inline(always)]
+fn silu<const FMA: bool>(x: f32) -> (f32, f32) {
+    let (s, rest) = sigmoid::<FMA>(x);
+    (x * s, s * fma::<FMA>(x, rest, 1.0))
+}
+
+/// Value and derivative at `x`.
+#[inline(always)]
+fn gelu_tanh<const FMA: bool>(x: f32) -> (f32, f32) {
+    // x/2 (1 + tanh u) = x σ(2u), with 2u = x (A + B x²).
+    const A: f32 = 1.595_769_1; // 2 √(2/π)
+    const B: f32 = 0.071_354_814; // 0.044715 A
+    let square = x * x;
+    let (s, rest) = sigmoid::<FMA>(x * fma::<FMA>(B, square, A));
+    let slope = fma::<FMA>(3.0 * B, square, A);
+    (x * s, fma::<FMA>(x * s * rest, slope, s))
+}
+
+/// Value and derivative at `x`.
+#[inline(always)]
+fn gelu_erf<const FMA: bool>(x: f32) -> (f32, f32) {
+    const DENSITY_AT_ZERO: f32 = 0.398_942_3; // 1 / √(2π)
+    let cdf = normal_cdf::<FMA>(x);
+    let density = DENSITY_AT_ZERO * exp::<FMA>(-0.5 * (x * x));
+    (x * cdf, fma::<FMA>(x, density, cdf))
+}
+
+/// Value and derivative at `x`.
+#[inline(always)]
+fn relu(x: f32) -> (f32, f32) {
+    // `x < 0` rather than `x > 0`, so that NaN passes.
+    (if x < 0.0 { 0.0 } else { x }, if x > 0.0 { 1.0 } else { 0.0 })
+}
+
+/// Runs `$loop` once, compiled for the activation `$act`, with `$f` naming the activation.
+macro_rules! for_activation {
+    ($act:expr, $f:ident => $loop:block) => {
+        match $act {
+            Activation::Silu => {
+                let $f = silu::<FMA>;
+                $loop
+            }
+            Activation::GeluTanh => {
+                let $f = gelu_tanh::<FMA>;
+                $loop
+            }
+            Activation::GeluErf => {
+                let $f = gelu_erf::<FMA>;
+                $loop
+            }
+            Activation::Relu => {
+                let $f = relu;
+                $loop
+            }
+        }
+    };
+}
+
+simd_fn! {
+    fn gated_row(gate: &[f32], up: &[f32], act: Activation, y: &mut [f32]) = gated_row_body;
+}
+
+#[inline(always)]
+fn gated_row_body<const FMA: bool>(gate: &[f32], up: &[f32], act: Activation, y: &mut [f32]) {
+    for_activation!(act, f => {
+        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = f(*gate).0 * up;
+        }
+    });
+}
+
+simd_fn! {
+    fn gated_backward_row(dy: &[f32], gate: &[f32], up: &[f32], act: Activation, dgate: &mut [f32], dup: &mut [f32])
+        = gated_backward_row_body;
+}
+
+#[inline(always)]
+fn gated_backward_row_body<const FMA: bool>(
+    dy: &[f32],
+    gate: &[f32],
+    up: &[f32],
+    act: Activation,
+    dgate: &mut [f32],
+    dup: &mut [f32],
+) {
+    for_activation!(act, f => {
+        let inputs = dy.iter().zip(gate).zip(up);
+        for ((dgate, dup), ((dy, gate), up)) in dgate.iter_mut().zip(dup).zip(inputs) {
+            let (value, slope) = f(*gate);
+            *dgate = dy * up * slope;
+            *dup = dy * value;
+        }
+    });
+}
+
+simd_fn! {
+    fn plain(x: &[f32], act: Activation, y: &mut [f32]) = plain_body;
+}
+
+#[inline(always)]
+fn plain_body<const FMA: bool>(x: &[f32], act: Activation, y: &mut [f32]) {
+    for_activation!(act, f => {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = f(*x).0;
+        }
+    });
+}
+
+simd_fn! {
+    fn plain_backward(dy: &[f32], x: &[f32], act: Activation, dx: &mut [f32]) = plain_backward_body;
+}
+
+#[inline(always)]
+fn plain_backward_body<const FMA: bool>(dy: &[f32], x: &[f32], act: Activation, dx: &mut [f32]) {
+    for_activation!(act, f => {
+        for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+            *dx = dy * f(*x).1;
+        }
+    });
+}

@@ -1,0 +1,95 @@
+//! Activations of the feed-forward layer, plain and gated, each with its backward in one pass.
+//!
+//! - SiLU (Elfwing et al. 2018): `x σ(x)`
+//! - GELU (Hendrycks and Gimpel 2016): `x Φ(x)`, and its tanh form `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`
+//! - gated units (Shazeer 2020, *GLU variants*): `act(gate) · up`
+//!
+//! The tanh form is computed as the equal `x σ(2u)`, which keeps its digits for negative `x`.
+
+use candle_core::Tensor;
+
+use crate::error::check_dims;
+use crate::view::{tensor, view};
+use crate::{Error, Result};
+
+mod cpu;
+
+/// The nonlinearity of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x σ(x)`.
+    Silu,
+    /// GELU by tanh (`gelu_new`, `gelu_pytorch_tanh`).
+    GeluTanh,
+    /// GELU by the error function (`gelu`).
+    GeluErf,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Rows and columns of a matrix.
+fn matrix(op: &'static str, what: &'static str, x: &Tensor) -> Result<(usize, usize)> {
+    match *x.dims() {
+        [rows, columns] => Ok((rows, columns)),
+        _ => Err(Error::shape(op, what, "a matrix", x.dims())),
+    }
+}
+
+/// Rows `T` and width `f` of a `gate_up [T, 2f]`.
+fn gated_dims(op: &'static str, gate_up: &Tensor) -> Result<(usize, usize)> {
+    let (rows, columns) = matrix(op, "gate_up", gate_up)?;
+    if !columns.is_multiple_of(2) {
+        return Err(Error::shape(op, "gate_up", "[T, 2f]", gate_up.dims()));
+    }
+    Ok((rows, columns / 2))
+}
+
+/// `act(gate) · up` for `gate_up [T, 2f]`, whose first `f` columns are the gate; returns `[T, f]`.
+///
+/// # Errors
+/// If the shape, dtype or device does not fit.
+pub fn gated(gate_up: &Tensor, act: Activation) -> Result<Tensor> {
+    const OP: &str = "gated";
+    let (rows, width) = gated_dims(OP, gate_up)?;
+    let mut y = vec![0.0; rows * width];
+    cpu::gated(&view(OP, gate_up)?, width, act, &mut y);
+    tensor(y, (rows, width))
+}
+
+/// Backward of [`gated`]: `dy [T, f]` to the gradient of `gate_up`, `[T, 2f]`.
+///
+/// # Errors
+/// If a shape, dtype or device does not fit.
+pub fn gated_backward(dy: &Tensor, gate_up: &Tensor, act: Activation) -> Result<Tensor> {
+    const OP: &str = "gated_backward";
+    let (rows, width) = gated_dims(OP, gate_up)?;
+    check_dims(OP, "dy", &[rows, width], dy.dims())?;
+    let mut dx = vec![0.0; rows * 2 * width];
+    cpu::gated_backward(&view(OP, dy)?, &view(OP, gate_up)?, width, act, &mut dx);
+    tensor(dx, (rows, 2 * width))
+}
+
+/// `act(x)`, element by element, for `x [T, f]`.
+///
+/// # Errors
+/// If the shape, dtype or device does not fit.
+pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
+    const OP: &str = "activation";
+    let (rows, width) = matrix(OP, "x", x)?;
+    let mut y = vec![0.0; rows * width];
+    cpu::activation(&view(OP, x)?, act, &mut y);
+    tensor(y, (rows, width))
+}
+
+/// Backward of [`activation`]: `dy · act'(x)`, all `[T, f]`.
+///
+/// # Errors
+/// If a shape, dtype or device does not fit.
+pub fn activation_backward(dy: &Tensor, x: &Tensor, act: Activation) -> Result<Tensor> {
+    const OP: &str = "activation_backward";
+    let (rows, width) = matrix(OP, "x", x)?;
+    check_dims(OP, "dy", &[rows, width], dy.dims())?;
+    let mut dx = vec![0.0; rows * width];
+    cpu::activation_backward(&view(OP, dy)?, &view(OP, x)?, act, &mut dx);
+    tensor(dx, (rows, width))
+}

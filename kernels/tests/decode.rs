@@ -1,0 +1,140 @@
+//! Decoding against the cache gives the bits of the training forward.
+
+mod common;
+
+use candle_core::Tensor;
+use common::{bits, random, tensor, with_threads};
+use tandem_kernels::Error;
+use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, attention, decode_attention};
+
+const LEN: usize = 200;
+
+fn specs() -> Vec<AttentionSpec> {
+    let groups = [(2, 2, 16), (4, 2, 32), (3, 1, 64), (2, 2, 80), (1, 1, 128), (6, 2, 20), (8, 1, 32)];
+    let windows = [None, Some(17), Some(64), Some(100)];
+    let mut specs = Vec::new();
+    for (heads, kv_heads, head_dim) in groups {
+        for window in windows {
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            specs.push(AttentionSpec { heads, kv_heads, head_dim, causal: true, window, scale });
+        }
+    }
+    specs
+}
+
+fn cache(slots: usize, spec: &AttentionSpec) -> KvCacheLayer {
+    KvCacheLayer::new(slots, LEN, spec.kv_heads, spec.head_dim).unwrap()
+}
+
+fn row(t: &Tensor, at: usize, count: usize) -> Tensor {
+    t.narrow(0, at, count).unwrap().copy().unwrap()
+}
+
+#[test]
+fn every_length_has_the_bits_of_the_forward() {
+    for spec in specs() {
+        let qkv = random(&[LEN, spec.qkv_width()], 1);
+        let (o, _) = attention(&qkv, &[0, LEN as u32], &spec).unwrap();
+        let cache = cache(1, &spec);
+        for t in 0..LEN {
+            let new = row(&qkv, t, 1);
+            cache.append(&new, spec.heads, &[(0, t)]).unwrap();
+            let got = decode_attention(&new, &cache, &[(0, t + 1)], &spec).unwrap();
+            assert_eq!(bits(&got), bits(&row(&o, t, 1)), "{spec:?} length {}", t + 1);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_read_in_pieces_has_the_bits_of_the_forward() {
+    for spec in specs() {
+        let qkv = random(&[LEN, spec.qkv_width()], 2);
+        let (o, _) = attention(&qkv, &[0, LEN as u32], &spec).unwrap();
+        let cache = cache(3, &spec);
+        let mut start = 0;
+        for piece in [1, 62, 3, 70, 64] {
+            let entries: Vec<_> = (start..start + piece).map(|t| (2, t)).collect();
+            let rows: Vec<_> = (start..start + piece).map(|t| (2, t + 1)).collect();
+            let new = row(&qkv, start, piece);
+            cache.append(&new, spec.heads, &entries).unwrap();
+            let got = decode_attention(&new, &cache, &rows, &spec).unwrap();
+            assert_eq!(bits(&got), bits(&row(&o, start, piece)), "{spec:?} from {start}");
+            start += piece;
+        }
+        assert_eq!(start, LEN);
+    }
+}
+
+#[test]
+fn slots_do_not_mix() {
+    for spec in specs() {
+        // Three sequences of different length, decoded together, in an order that is not that of the slots.
+        let lengths = [70, 5, 130];
+        let slots = [2, 0, 1];
+        let sequences: Vec<Tensor> = (0..3).map(|n| random(&[lengths[n], spec.qkv_width()], 10 + n as u64)).collect();
+        let cache = cache(3, &spec);
+        for n in 0..3 {
+            let entries: Vec<_> = (0..lengths[n]).map(|t| (slots[n], t)).collect();
+            cache.append(&sequences[n], spec.heads, &entries).unwrap();
+        }
+        let last: Vec<Tensor> = (0..3).map(|n| row(&sequences[n], lengths[n] - 1, 1)).collect();
+        let batch = Tensor::cat(&last, 0).unwrap();
+        let rows: Vec<_> = (0..3).map(|n| (slots[n], lengths[n])).collect();
+        let run = |threads| with_threads(threads, || decode_attention(&batch, &cache, &rows, &spec)).unwrap();
+        let got = run(1);
+        assert_eq!(bits(&got), bits(&run(3)));
+        for n in 0..3 {
+            let (o, _) = attention(&sequences[n], &[0, lengths[n] as u32], &spec).unwrap();
+            assert_eq!(bits(&row(&got, n, 1)), bits(&row(&o, lengths[n] - 1, 1)), "{spec:?} sequence {n}");
+        }
+    }
+}
+
+#[test]
+fn what_a_slot_held_before_is_invisible() {
+    let spec = specs()[1];
+    let cache = cache(2, &spec);
+    let stale = tensor(&vec![f32::NAN; LEN * spec.qkv_width()], &[LEN, spec.qkv_width()]);
+    cache.append(&stale, spec.heads, &(0..LEN).map(|t| (1, t)).collect::<Vec<_>>()).unwrap();
+    let qkv = random(&[90, spec.qkv_width()], 3);
+    cache.append(&qkv, spec.heads, &(0..90).map(|t| (1, t)).collect::<Vec<_>>()).unwrap();
+    let (o, _) = attention(&qkv, &[0, 90], &spec).unwrap();
+    let got = decode_attention(&row(&qkv, 89, 1), &cache, &[(1, 90)], &spec).unwrap();
+    assert_eq!(bits(&got), bits(&row(&o, 89, 1)));
+}
+
+#[test]
+fn samples_of_one_prompt_share_its_prefix() {
+    let spec = specs()[4];
+    let cache = cache(3, &spec);
+    let prompt = random(&[75, spec.qkv_width()], 4);
+    cache.append(&prompt, spec.heads, &(0..75).map(|t| (0, t)).collect::<Vec<_>>()).unwrap();
+    cache.copy_prefix(0, 2, 75).unwrap();
+    for (slot, seed) in [(0, 5), (2, 6)] {
+        let next = random(&[1, spec.qkv_width()], seed);
+        cache.append(&next, spec.heads, &[(slot, 75)]).unwrap();
+        let got = decode_attention(&next, &cache, &[(slot, 76)], &spec).unwrap();
+        let whole = Tensor::cat(&[&prompt, &next], 0).unwrap();
+        let (o, _) = attention(&whole, &[0, 76], &spec).unwrap();
+        assert_eq!(bits(&got), bits(&row(&o, 75, 1)), "slot {slot}");
+    }
+}
+
+#[test]
+fn misfits_are_errors() {
+    let spec = specs()[0];
+    let cache = cache(2, &spec);
+    assert_eq!(cache.max_len(), 256);
+    let qkv = random(&[1, spec.qkv_width()], 1);
+    assert!(matches!(cache.append(&qkv, 2, &[(2, 0)]), Err(Error::Index { what: "slot", index: 2, .. })));
+    assert!(matches!(cache.append(&qkv, 2, &[(0, 256)]), Err(Error::Index { what: "position", index: 256, .. })));
+    assert!(cache.append(&qkv, 2, &[(0, 0), (0, 1)]).is_err());
+    assert!(decode_attention(&qkv, &cache, &[(0, 0)], &spec).is_err());
+    assert!(decode_attention(&qkv, &cache, &[(0, 257)], &spec).is_err());
+    assert!(decode_attention(&qkv, &cache, &[(5, 1)], &spec).is_err());
+    assert!(decode_attention(&qkv, &cache, &[(0, 1)], &AttentionSpec { causal: false, ..spec }).is_err());
+    let other = AttentionSpec { heads: 4, kv_heads: 4, head_dim: 8, ..spec };
+    assert!(decode_attention(&qkv, &cache, &[(0, 1)], &other).is_err());
+    assert!(cache.copy_prefix(0, 1, 257).is_err());
+    assert!(KvCacheLayer::new(1, 0, 1, 16).is_err());
+}
