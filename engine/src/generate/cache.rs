@@ -1,0 +1,56 @@
+//! Keys and values of the sequences under way, for all layers.
+
+use tandem_kernels::attention::KvCacheLayer;
+
+use crate::Result;
+use crate::model::spec::ModelSpec;
+
+/// Room for sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSize {
+    /// Sequences at once.
+    pub slots: usize,
+    /// Tokens of a sequence, prompt and response together.
+    pub max_len: usize,
+}
+
+impl CacheSize {
+    /// Bytes that a cache of this size takes for a model of `spec`.
+    pub fn bytes(&self, spec: &ModelSpec) -> usize {
+        let padded = self.max_len.next_multiple_of(tandem_kernels::attention::BLOCK_KEYS);
+        2 * 4 * spec.layers * self.slots * padded * spec.kv_heads * spec.head_dim
+    }
+}
+
+/// The cache of one model.
+#[derive(Debug)]
+pub struct KvCache {
+    pub(super) layers: Vec<KvCacheLayer>,
+    size: CacheSize,
+}
+
+impl KvCache {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// If the memory cannot be had or a size is zero.
+    pub fn new(spec: &ModelSpec, size: CacheSize) -> Result<Self> {
+        let layer = |_| Ok(KvCacheLayer::new(size.slots, size.max_len, spec.kv_heads, spec.head_dim)?);
+        Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_>>()?, size })
+    }
+
+    /// Its size.
+    pub fn size(&self) -> CacheSize {
+        self.size
+    }
+
+    /// Bytes held.
+    pub fn size_bytes(&self) -> usize {
+        self.layers.iter().map(KvCacheLayer::size_bytes).sum()
+    }
+
+    /// Copies the first `len` tokens of one slot to another, in every layer.
+    pub(super) fn copy_prefix(&self, from: usize, to: usize, len: usize) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| Ok(layer.copy_prefix(from, to, len)?))
+    }
+}

@@ -1,0 +1,195 @@
+//! The two ends of a model: tokens to hidden rows, and hidden rows to log-probabilities or a score.
+
+use candle_core::Tensor;
+use tandem_kernels::embedding::{add_rows, embedding, embedding_backward};
+use tandem_kernels::logprob::{self, HeadOut};
+use tandem_kernels::norm::NormStats;
+use tandem_kernels::{dropout, gemm};
+
+use super::linear::{norm, norm_backward};
+use super::pass::Pass;
+use super::spec::{ModelSpec, PositionKind};
+use super::unit::{
+    EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT, SCORE, UnitBuffer,
+};
+use crate::{Error, Result};
+
+/// The unit that holds embedding, final norm and head.
+pub(super) struct Ends<'a> {
+    pub(super) spec: &'a ModelSpec,
+    pub(super) weights: &'a UnitBuffer,
+}
+
+/// What the backward of the embedding needs of its forward.
+pub(super) struct EmbedSaved {
+    /// Embedded rows before the projection, where there is one.
+    embedded: Option<Tensor>,
+}
+
+/// Selected hidden rows on their way into the head.
+pub(super) struct HeadRows {
+    /// Rows as they enter the head, `[N, e]`.
+    pub(super) h: Tensor,
+    rows: Vec<u32>,
+    /// Input and statistics of the final norm.
+    norm: Option<(Tensor, NormStats)>,
+    /// Input of the projection out, where there is one.
+    projected: Option<Tensor>,
+}
+
+/// Dropout after the embedding; the blocks count from 1.
+const EMBEDDING_SITE: u16 = 0;
+
+impl Ends<'_> {
+    /// Hidden rows `[T, d]` of the tokens `ids`.
+    pub(super) fn embed(&self, ids: &[u32], pass: &Pass<'_>) -> Result<(Tensor, EmbedSaved)> {
+        let embedded = embedding(&self.weights.get(EMBEDDING)?, ids)?;
+        let (x, saved) = match self.weights.find(PROJECT_IN)? {
+            Some(project) => (gemm::linear(&embedded, &project, None)?, Some(embedded)),
+            None => (embedded, None),
+        };
+        if let PositionKind::Learned { offset } = self.spec.positions {
+            add_rows(&x, &self.weights.get(POSITIONS)?, &shifted(pass.positions, offset))?;
+        }
+        let x = self.dropout(x, pass)?;
+        Ok((x, EmbedSaved { embedded: saved }))
+    }
+
+    /// Backward of [`Ends::embed`].
+    pub(super) fn embed_backward(
+        &self,
+        saved: &EmbedSaved,
+        ids: &[u32],
+        dx: Tensor,
+        pass: &Pass<'_>,
+        grads: &UnitBuffer,
+    ) -> Result<()> {
+        let dx = self.dropout(dx, pass)?;
+        if let PositionKind::Learned { offset } = self.spec.positions {
+            embedding_backward(&dx, &shifted(pass.positions, offset), &grads.get(POSITIONS)?)?;
+        }
+        let d_embedded = match &saved.embedded {
+            Some(embedded) => {
+                gemm::linear_weight_grad(&dx, embedded, &grads.get(PROJECT_IN)?)?;
+                gemm::linear_input_grad(&dx, &self.weights.get(PROJECT_IN)?)?
+            }
+            None => dx,
+        };
+        Ok(embedding_backward(&d_embedded, ids, &grads.get(EMBEDDING)?)?)
+    }
+
+    fn dropout(&self, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        match &pass.dropout {
+            None => Ok(x),
+            Some(drop) => Ok(dropout::dropout(&x, drop.probability, &drop.stream, EMBEDDING_SITE, &drop.addresses)?),
+        }
+    }
+
+    /// The rows `rows` of `x [T, d]`, normed and projected as the head wants them: `[N, e]`.
+    pub(super) fn head_rows(&self, x: &Tensor, rows: &[u32]) -> Result<HeadRows> {
+        let selected = embedding(x, rows)?;
+        let (h, norm) = if self.spec.final_norm() {
+            let (h, stats) = norm(self.spec, self.weights, FINAL_NORM, FINAL_NORM_BIAS, &selected)?;
+            (h, Some((selected, stats)))
+        } else {
+            (selected, None)
+        };
+        let (h, projected) = match self.weights.find(PROJECT_OUT)? {
+            Some(project) => (gemm::linear(&h, &project, None)?, Some(h)),
+            None => (h, None),
+        };
+        Ok(HeadRows { h, rows: rows.to_vec(), norm, projected })
+    }
+
+    /// Backward of [`Ends::head_rows`]: the gradient of `x [T, d]`, zero in rows that were not selected.
+    pub(super) fn head_rows_backward(
+        &self,
+        saved: &HeadRows,
+        dh: Tensor,
+        tokens: usize,
+        grads: &UnitBuffer,
+    ) -> Result<Tensor> {
+        let dh = match &saved.projected {
+            Some(input) => {
+                gemm::linear_weight_grad(&dh, input, &grads.get(PROJECT_OUT)?)?;
+                gemm::linear_input_grad(&dh, &self.weights.get(PROJECT_OUT)?)?
+            }
+            None => dh,
+        };
+        let d_selected = match &saved.norm {
+            Some((input, stats)) => {
+                norm_backward(self.spec, self.weights, grads, FINAL_NORM, FINAL_NORM_BIAS, input, stats, &dh)?
+            }
+            None => dh,
+        };
+        let dx = Tensor::zeros((tokens, self.spec.hidden), candle_core::DType::F32, d_selected.device())?;
+        embedding_backward(&d_selected, &saved.rows, &dx)?;
+        Ok(dx)
+    }
+
+    /// Name of the parameter that is the language head.
+    fn head_name(&self) -> &'static str {
+        if self.spec.tied { EMBEDDING } else { HEAD }
+    }
+
+    /// Log-probability of `labels` and entropy, `[N]` each.
+    pub(super) fn log_probs(&self, h: &Tensor, labels: &[u32]) -> Result<HeadOut> {
+        Ok(logprob::head_logprob(h, &self.weights.get(self.head_name())?, None, labels, 1.0)?)
+    }
+
+    /// Backward of [`Ends::log_probs`]: the gradient of `h`.
+    pub(super) fn log_probs_backward(
+        &self,
+        h: &Tensor,
+        labels: &[u32],
+        out: &HeadOut,
+        dlogp: &Tensor,
+        dentropy: Option<&Tensor>,
+        grads: &UnitBuffer,
+    ) -> Result<Tensor> {
+        let (w, dw) = (self.weights.get(self.head_name())?, grads.get(self.head_name())?);
+        Ok(logprob::head_logprob_backward(dlogp, dentropy, h, &w, None, labels, out, &dw, None)?)
+    }
+
+    /// Logits of few rows, `[N, V]`.
+    pub(super) fn logits(&self, h: &Tensor) -> Result<Tensor> {
+        Ok(logprob::logits(h, &self.weights.get(self.head_name())?, None)?)
+    }
+
+    /// Scores `[N]` of a scalar head.
+    pub(super) fn scores(&self, h: &Tensor) -> Result<Tensor> {
+        Ok(gemm::linear(h, &self.weights.get(SCORE)?, None)?.flatten_all()?)
+    }
+
+    /// Backward of [`Ends::scores`]: the gradient of `h`.
+    pub(super) fn scores_backward(&self, h: &Tensor, dscores: &Tensor, grads: &UnitBuffer) -> Result<Tensor> {
+        let dy = dscores.reshape((h.dims()[0], 1))?.contiguous()?;
+        gemm::linear_weight_grad(&dy, h, &grads.get(SCORE)?)?;
+        Ok(gemm::linear_input_grad(&dy, &self.weights.get(SCORE)?)?)
+    }
+}
+
+fn shifted(positions: &[u32], offset: usize) -> Vec<u32> {
+    positions.iter().map(|position| position + offset as u32).collect()
+}
+
+/// Checks that a batch selects rows that exist and as many labels as rows.
+pub(super) fn check_targets(tokens: usize, rows: &[u32], labels: Option<&[u32]>) -> Result<()> {
+    if let Some(&row) = rows.iter().find(|&&row| row as usize >= tokens) {
+        return Err(Error::Kernel(tandem_kernels::Error::Index {
+            op: "head rows",
+            what: "row",
+            index: row as usize,
+            limit: tokens,
+        }));
+    }
+    match labels {
+        Some(labels) if labels.len() != rows.len() => Err(Error::Kernel(tandem_kernels::Error::Shape {
+            op: "head rows",
+            what: "labels",
+            expected: rows.len().to_string(),
+            got: labels.len().to_string(),
+        })),
+        _ => Ok(()),
+    }
+}
