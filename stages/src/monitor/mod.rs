@@ -1,0 +1,9 @@
+//! What a run tells: rows for machines, bars and tables for people.
+
+mod metrics;
+mod progress;
+mod table;
+
+pub use metrics::{MetricsLog, MetricsRow, field};
+pub use progress::Progress;
+pub use table::{Table, printable};

@@ -1,0 +1,1 @@
+//! Parity, equivalence, fault and end-to-end tests.
