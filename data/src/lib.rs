@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! file ─sources→ Row ─fields→ Example ─tokenizer (template)→ Encoded ─length→ ─packing→ micro-batches
-//!                 └─split: phase, held out       └─ blend, order: which sample next, and the cursor to resume from
+//!                 └─ dataset: split into phases, held out, blended  ·  order: which sample next, and the cursor to resume from
 //! rollouts ⇄ experience (Parquet)                 hub: from a model's name to its folder
 //! ```
 //!
@@ -10,6 +10,7 @@
 //! is an error that names the file, the row and the remedy ([`error`]).
 
 pub mod blend;
+pub mod dataset;
 pub mod error;
 pub mod example;
 pub mod experience;
@@ -25,6 +26,7 @@ pub mod split;
 pub mod template;
 pub mod tokenizer;
 
+pub use dataset::{Dataset, Located, Source};
 pub use error::{DataError, Result};
 pub use example::{Comparison, Demonstration, Example, Message, Prompt};
 pub use fields::FieldMap;

@@ -36,7 +36,7 @@ pub const ARROW_FILE_BYTES: u64 = 2 << 30;
 
 /// What any Parquet or Arrow file may decode to, bytes; a larger one may decode to [`EXPANSION`] times its own size. (955 bytes
 /// of Parquet can hold one string repeated to 8 GB; honest text shrinks to a third, rarely to a fiftieth.)
-pub const DECODED_BYTES: u64 = 256 << 20;
+pub const DECODED_BYTES: u64 = 128 << 20;
 
 /// How many times its own size a large Parquet or Arrow file may decode to.
 pub const EXPANSION: u64 = 100;

@@ -88,9 +88,8 @@ impl Sampler {
     ///
     /// # Errors
     /// The cursor stands past the end of the data: the data has shrunk since.
-    pub fn resume(mut self, cursor: Cursor) -> Result<Self> {
-        self = Self::at(self.len, self.seed, self.shuffle, cursor)?;
-        Ok(self)
+    pub fn resume(self, cursor: Cursor) -> Result<Self> {
+        Self::at(self.len, self.seed, self.shuffle, cursor)
     }
 
     fn at(len: usize, seed: u64, shuffle: bool, cursor: Cursor) -> Result<Self> {

@@ -71,8 +71,12 @@ impl Row {
 fn hash_value(hasher: &mut blake3::Hasher, value: &serde_json::Value) {
     use serde_json::Value;
     match value {
-        Value::Null => drop(hasher.update(b"n")),
-        Value::Bool(bool) => drop(hasher.update(if *bool { b"t" } else { b"f" })),
+        Value::Null => {
+            hasher.update(b"n");
+        }
+        Value::Bool(bool) => {
+            hasher.update(if *bool { b"t" } else { b"f" });
+        }
         Value::Number(number) => hash_text(hasher, b'd', &number.to_string()),
         Value::String(text) => hash_text(hasher, b's', text),
         Value::Array(values) => {

@@ -69,7 +69,7 @@ pub enum Error {
     },
     /// A sequence is empty or longer than the model takes.
     #[error(
-        "sequence {sequence} of the batch has {tokens} tokens; the model takes 1 to {limit}: shorten it or lower data.max_len"
+        "sequence {sequence} of the batch has {tokens} tokens; the model takes 1 to {limit}: shorten it or lower data.max_tokens"
     )]
     SequenceLength {
         /// Index in the batch.

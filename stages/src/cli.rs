@@ -136,7 +136,7 @@ fn exit_code(ended: std::result::Result<Result<Outcome>, Box<dyn Any + Send>>) -
 }
 
 /// Sets the number of threads of all computations; `None`: one per core.
-fn set_threads(threads: Option<usize>) -> Result<()> {
+pub(crate) fn set_threads(threads: Option<usize>) -> Result<()> {
     let Some(threads) = threads else { return Ok(()) };
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(StageError::bug)
 }

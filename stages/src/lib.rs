@@ -5,17 +5,40 @@
 //! | [`config`] | the TOML file as typed structs, checked |
 //! | [`plan`] | which models a stage starts from |
 //! | [`cli`] | the command line, and the way from it to an exit code |
+//! | [`models`] | loading and exporting models |
+//! | [`dataset`] | rows to token ids, for each stage |
 //! | [`run`] | a stage's directory: resuming, log, checkpoints, export |
+//! | [`sft`] | the first stage |
+//! | [`reward`] | the second stage |
+//! | [`supervised`] | the loop that these two share |
+//! | [`ppo`] | the third stage |
+//! | [`rlhf`] | all stages in a row |
+//! | [`chat`] | talking to a model |
+//! | [`scoring`] | what responses are worth |
+//! | [`memory`] | what a run will hold in memory |
 //! | [`monitor`] | metrics, progress, tables |
 //! | [`stop`] | being asked to stop |
 //! | [`error`] | what can end a stage |
 //!
 //! A stage is one readable loop that uses these; the binaries are a line each.
 
+pub mod chat;
 pub mod cli;
 pub mod config;
+pub mod dataset;
 pub mod error;
+pub mod memory;
+pub mod models;
 pub mod monitor;
 pub mod plan;
+pub mod ppo;
+pub mod reward;
+pub mod rlhf;
 pub mod run;
+pub mod scoring;
+pub mod sft;
 pub mod stop;
+pub mod supervised;
+
+#[cfg(test)]
+mod testing;

@@ -2,7 +2,7 @@
 """Make the golden vectors: tiny random models in the formats of `transformers`, and what it computes with them.
 
     pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 gguf==0.19.0
-    python tests/golden/make_golden.py [FAMILY ...]          # writes tests/golden/<family>/, about 20 s for all
+    python tests/golden/make_golden.py [FAMILY ...]          # writes tests/golden/<family>/, under a minute for all
 
 The tests only read the files written here; they need no Python. Every weight is random, the ones usually left at 0 or 1 too
 (biases, norm gains), so that a dropped bias or a swapped norm changes the numbers. Shapes are as unequal as a family allows

@@ -1,1 +1,3 @@
 //! Parity, equivalence, fault and end-to-end tests.
+
+pub mod golden;

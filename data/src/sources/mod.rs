@@ -132,9 +132,9 @@ pub(crate) fn read_bounded(path: &Path, what: &str, limit: u64) -> Result<Vec<u8
 /// Runs a decoder that may panic on damaged input (arrow-rs treats such panics as bugs, not as vulnerabilities) and turns
 /// a panic into an error.
 pub(crate) fn catch_panics<T>(path: &Path, decode: impl FnOnce() -> Result<T>) -> Result<T> {
-    let hook = quiet::Guard::new();
+    let quiet = quiet::Guard::new();
     let result = std::panic::catch_unwind(AssertUnwindSafe(decode));
-    drop(hook);
+    drop(quiet);
     result.unwrap_or_else(|panic| {
         let said = panic.downcast_ref::<String>().cloned();
         let said = said.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
@@ -146,7 +146,8 @@ pub(crate) fn catch_panics<T>(path: &Path, decode: impl FnOnce() -> Result<T>) -
     })
 }
 
-/// Keeps the message of a caught panic off the terminal: it would look like a crash.
+/// Keeps the message of a caught panic off the terminal, where it would look like a crash. Installed once, around the hook
+/// that is there; other threads and other panics are reported as before.
 mod quiet {
     use std::cell::Cell;
     use std::sync::Once;

@@ -25,11 +25,12 @@ pub(super) fn instrument(source: &str) -> Result<Guarded, String> {
     let mut guarded = Guarded { source: String::with_capacity(source.len() * 2), longest_text: 0 };
     let mut rest = source;
     while let Some(open) = rest.find("{%").into_iter().chain(rest.find("{{")).chain(rest.find("{#")).min() {
-        let line = 1 + source[..source.len() - rest.len() + open].matches('\n').count();
+        let at = source.len() - rest.len() + open;
+        let line = || 1 + source[..at].matches('\n').count();
         guarded.longest_text = guarded.longest_text.max(open);
         guarded.source.push_str(&rest[..open]);
         let (kind, inside) = rest[open..].split_at(2);
-        let unclosed = || format!("line {line}: a tag that begins with {kind} does not end");
+        let unclosed = || format!("line {}: a tag that begins with {kind} does not end", line());
         if kind == "{#" {
             let end = inside.find("#}").ok_or_else(unclosed)? + 2;
             guarded.source.push_str(kind);
@@ -40,9 +41,9 @@ pub(super) fn instrument(source: &str) -> Result<Guarded, String> {
         let close = if kind == "{%" { "%}" } else { "}}" };
         let end = tag_end(inside, close).ok_or_else(unclosed)?;
         let tag = &inside[..end];
-        check_operators(tag).map_err(|reason| format!("line {line}: {reason}"))?;
+        check_operators(tag).map_err(|reason| format!("line {}: {reason}", line()))?;
         if kind == "{%" {
-            guarded.source.push_str(&rewrite(tag).map_err(|reason| format!("line {line}: {reason}"))?);
+            guarded.source.push_str(&rewrite(tag).map_err(|reason| format!("line {}: {reason}", line()))?);
         } else {
             guarded.source.push_str(&format!("{{{{{tag}}}}}"));
         }
@@ -144,7 +145,7 @@ fn rewrite(tag: &str) -> Result<String, String> {
             None => format!("{{%{front} set{rest} | bounded {back}%}}"),
         }),
         "for" => {
-            let (target, iterated) = rest.split_once(" in ").ok_or("a for tag without \"in\"")?;
+            let (target, iterated) = split_at_in(rest).ok_or("a for tag without \"in\"")?;
             if words(iterated).any(|word| word == "recursive") {
                 return Err("recursive loops are not supported in chat templates".into());
             }
@@ -159,6 +160,14 @@ fn rewrite(tag: &str) -> Result<String, String> {
         }
         other => Err(format!("the tag {other:?} is not supported in chat templates")),
     }
+}
+
+/// What stands before and after the first word `in`.
+fn split_at_in(text: &str) -> Option<(&str, &str)> {
+    let blank = |character: char| character.is_whitespace();
+    text.match_indices("in").map(|(at, word)| (&text[..at], &text[at + word.len()..])).find(|(before, after)| {
+        before.ends_with(blank) && !after.starts_with(|c: char| c.is_alphanumeric() || c == '_')
+    })
 }
 
 /// The names in a piece of an expression.

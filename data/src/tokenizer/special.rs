@@ -58,9 +58,9 @@ impl SpecialTokens {
         }
     }
 
-    /// All of them but `unk`, which ordinary text may contain.
+    /// Those that no text may make: all but `unk`.
     pub(super) fn ids(&self) -> impl Iterator<Item = u32> + '_ {
-        self.stop.iter().copied().chain(self.bos).chain(self.pad).filter(|id| Some(*id) != self.unk)
+        self.stop.iter().copied().chain(self.bos).chain(self.pad)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Damaged and hostile Parquet and Arrow files.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,30 +42,30 @@ fn arrow_bytes() -> Vec<u8> {
 
 /// Reads every truncation and every single-bit flip of a file. Each must end in an error or in rows, soon, without a panic.
 fn survive(name: &str, bytes: &[u8]) -> (usize, usize) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join(name);
-    let read = |content: &[u8]| {
-        std::fs::write(&path, content).unwrap();
+    let (_folder, path) = crate::support::file(name, bytes);
+    // Changed in place: some file systems flush a file that is written anew.
+    let file = File::options().write(true).open(&path).unwrap();
+    let fails = || {
         let start = Instant::now();
         let result = read_rows(&path, &ReadOptions::default());
-        assert!(
-            start.elapsed() < Duration::from_secs(5),
-            "{:?} {}",
-            start.elapsed(),
-            result.map_or_else(|e| e.to_string(), |r| r.rows.len().to_string())
-        );
+        assert!(start.elapsed() < Duration::from_secs(5));
         if let Err(error) = &result {
             assert!(error.to_string().contains(name), "{error}");
         }
         result.is_err()
     };
-    let truncations = (0..bytes.len()).filter(|&length| read(&bytes[..length])).count();
     let mut flips = 0;
-    let mut damaged = bytes.to_vec();
-    for bit in 0..bytes.len() * 8 {
-        damaged[bit / 8] ^= 1 << (bit % 8);
-        flips += usize::from(read(&damaged));
-        damaged[bit / 8] ^= 1 << (bit % 8);
+    for (at, &byte) in bytes.iter().enumerate() {
+        for bit in 0..8 {
+            file.write_all_at(&[byte ^ 1 << bit], at as u64).unwrap();
+            flips += usize::from(fails());
+        }
+        file.write_all_at(&[byte], at as u64).unwrap();
+    }
+    let mut truncations = 0;
+    for length in (0..bytes.len()).rev() {
+        file.set_len(length as u64).unwrap();
+        truncations += usize::from(fails());
     }
     (truncations, flips)
 }
@@ -88,7 +89,7 @@ fn every_damage_to_an_arrow_file_is_survived() {
 #[test]
 fn a_small_file_that_decodes_to_gigabytes_is_stopped() {
     let huge = "x".repeat(16 << 20);
-    let keys = Int32Array::from(vec![0; 500]);
+    let keys = Int32Array::from(vec![0; 40]);
     let column: ArrayRef = Arc::new(
         DictionaryArray::<Int32Type>::try_new(keys, Arc::new(StringArray::from(vec![huge.as_str()]))).unwrap(),
     );

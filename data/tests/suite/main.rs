@@ -2,6 +2,7 @@
 
 mod bad_columns;
 mod bad_inputs;
+mod dataset;
 mod experience;
 mod fields;
 mod hub;

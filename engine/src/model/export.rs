@@ -83,6 +83,8 @@ pub struct ExportOptions {
     pub reward_scale: Option<RewardScale>,
     /// Ids for `config.json` and `generation_config.json`; with none given, those of the original config stay.
     pub special_ids: SpecialIds,
+    /// Further fields of `generation_config.json`: how to sample.
+    pub generation: Map<String, Value>,
 }
 
 impl Default for ExportOptions {
@@ -92,6 +94,7 @@ impl Default for ExportOptions {
             max_shard_bytes: SHARD_BYTES,
             reward_scale: None,
             special_ids: SpecialIds::default(),
+            generation: Map::new(),
         }
     }
 }
@@ -116,7 +119,7 @@ pub fn write(
     maps.sort_by(|a, b| a.name.cmp(&b.name));
 
     let config = families::write_config(spec, head, original, options.dtype.name(), options.reward_scale);
-    let (config, generation) = with_special_ids(config, &options.special_ids);
+    let (config, generation) = with_special_ids(config, options);
     staging.write("config.json", &pretty(&config))?;
     if head == Head::Language {
         staging.write("generation_config.json", &pretty(&generation))?;
@@ -154,13 +157,14 @@ fn check_units(spec: &ModelSpec, head: Head, units: &[UnitBuffer]) -> Result<()>
 }
 
 /// The config with the ids in it, and the `generation_config.json` beside it.
-fn with_special_ids(mut config: Value, ids: &SpecialIds) -> (Value, Value) {
+fn with_special_ids(mut config: Value, options: &ExportOptions) -> (Value, Value) {
+    let ids = &options.special_ids;
     let eos = match ids.eos.as_slice() {
         [] => Value::Null,
         [one] => json!(one),
         several => json!(several),
     };
-    let mut generation = Map::new();
+    let mut generation = options.generation.clone();
     for (key, id) in [("bos_token_id", json!(ids.bos)), ("eos_token_id", eos), ("pad_token_id", json!(ids.pad))] {
         if !id.is_null() {
             config[key] = id;

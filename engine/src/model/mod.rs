@@ -2,7 +2,10 @@
 
 mod block;
 mod ends;
+pub mod export;
 pub mod families;
+pub mod gguf;
+pub mod import;
 mod linear;
 mod names;
 mod pass;

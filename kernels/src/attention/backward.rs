@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::blocks::{Block, Pack, pack, padded, rows_len, transposed_len};
+use super::blocks::{Block, Pack, copy_head, pack, padded, rows_len, transposed_len};
 use super::forward::{block_range, union, whole_vectors};
 use super::tile::{Right, TILE_ROWS, product, product_transposed};
 use super::{AttentionSpec, BLOCK_KEYS};
@@ -18,18 +18,27 @@ use crate::simd::{fma, simd_fn};
 /// A matrix of one value per (query row, key) of a pair of blocks.
 type Pair = [[f32; BLOCK_KEYS]; BLOCK_KEYS];
 
-/// Packed operands of the whole batch, `[blocks, heads, block of a head]`.
+/// Packed keys and values of the whole batch, `[blocks, K, block of a head]`.
 struct Packed {
-    /// Queries by rows.
-    q: Vec<f32>,
-    /// Output gradients by rows.
-    d_o: Vec<f32>,
     /// Keys by rows, for `dQ`.
     k: Vec<f32>,
     /// Keys transposed, for the scores.
     k_transposed: Vec<f32>,
     /// Values transposed, for `dO Vᵀ`.
     v_transposed: Vec<f32>,
+}
+
+/// What the backward is given.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    /// Gradient of the output, `[T, H D]`.
+    pub(super) d_o: &'a [f32],
+    /// Fused projection, `[T, (H + 2K) D]`.
+    pub(super) qkv: &'a [f32],
+    /// Output of the forward, `[T, H D]`.
+    pub(super) o: &'a [f32],
+    /// Logarithms of the sums of exponentials, `[T, H]`.
+    pub(super) lse: &'a [f32],
 }
 
 /// A query block of one head.
@@ -67,26 +76,14 @@ struct Gradients<'a> {
 }
 
 /// Writes the gradient of `qkv` to `dqkv [T, (H + 2K) D]`.
-pub(super) fn backward(
-    d_o: &[f32],
-    qkv: &[f32],
-    o: &[f32],
-    lse: &[f32],
-    blocks: &[Block],
-    spec: &AttentionSpec,
-    dqkv: &mut [f32],
-) {
+pub(super) fn backward(inputs: Inputs, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [f32]) {
     let (width, head_dim, heads, kv_heads) = (spec.qkv_width(), spec.head_dim, spec.heads, spec.kv_heads);
     let (key_column, value_column) = (heads * head_dim, (heads + kv_heads) * head_dim);
     let packed = Packed {
-        q: pack(qkv, width, 0, heads, blocks, spec, Pack::Rows),
-        d_o: pack(d_o, spec.output_width(), 0, heads, blocks, spec, Pack::Rows),
-        k: pack(qkv, width, key_column, kv_heads, blocks, spec, Pack::Rows),
-        k_transposed: pack(qkv, width, key_column, kv_heads, blocks, spec, Pack::Transposed),
-        v_transposed: pack(qkv, width, value_column, kv_heads, blocks, spec, Pack::Transposed),
+        k: pack(inputs.qkv, width, key_column, kv_heads, blocks, spec, Pack::Rows),
+        k_transposed: pack(inputs.qkv, width, key_column, kv_heads, blocks, spec, Pack::Transposed),
+        v_transposed: pack(inputs.qkv, width, value_column, kv_heads, blocks, spec, Pack::Transposed),
     };
-    let (lse, delta) = row_statistics(d_o, o, lse, blocks, spec);
-
     // `[sequence][head][q, k, v][block, 64, D padded]`: one slice per task.
     let size = rows_len(spec);
     let mut scratch = vec![0.0; blocks.len() * heads * 3 * size];
@@ -102,29 +99,9 @@ pub(super) fn backward(
     tasks.into_par_iter().for_each(|(sequence, head, gradients)| {
         let (q, rest) = gradients.split_at_mut(sequence.len() * size);
         let (k, v) = rest.split_at_mut(sequence.len() * size);
-        head_gradients(sequence, head, &packed, &lse, &delta, spec, &mut Gradients { q, k, v });
+        head_gradients(sequence, head, inputs, &packed, spec, &mut Gradients { q, k, v });
     });
     join_heads(&scratch, blocks, spec, dqkv);
-}
-
-/// Per block, head and row (`[blocks, H, 64]`): the saved sums, and `Σ_d dO O`.
-fn row_statistics(d_o: &[f32], o: &[f32], lse: &[f32], blocks: &[Block], spec: &AttentionSpec) -> (Vec<f32>, Vec<f32>) {
-    let (heads, width) = (spec.heads, spec.output_width());
-    let size = heads * BLOCK_KEYS;
-    let (mut lse_packed, mut delta) = (vec![0.0; blocks.len() * size], vec![0.0; blocks.len() * size]);
-    lse_packed.par_chunks_mut(size).zip(delta.par_chunks_mut(size)).zip(blocks).for_each(
-        |((lse_packed, delta), block)| {
-            for row in 0..block.rows {
-                let token = block.start() + row;
-                for head in 0..heads {
-                    let columns = token * width + head * spec.head_dim..token * width + (head + 1) * spec.head_dim;
-                    lse_packed[head * BLOCK_KEYS + row] = lse[token * heads + head];
-                    delta[head * BLOCK_KEYS + row] = row_dot(&d_o[columns.clone()], &o[columns]);
-                }
-            }
-        },
-    );
-    (lse_packed, delta)
 }
 
 simd_fn! {
@@ -135,13 +112,28 @@ simd_fn! {
 fn head_gradients(
     sequence: &[Block],
     head: usize,
+    inputs: Inputs,
     packed: &Packed,
-    lse: &[f32],
-    delta: &[f32],
     spec: &AttentionSpec,
     gradients: &mut Gradients,
 ) {
     let (size, transposed) = (rows_len(spec), transposed_len(spec));
+    let (width, column) = (spec.output_width(), head * spec.head_dim);
+    let (mut q, mut d_o) = (vec![0.0; sequence.len() * size], vec![0.0; sequence.len() * size]);
+    let mut lse = vec![0.0; sequence.len() * BLOCK_KEYS];
+    let mut delta = vec![0.0; sequence.len() * BLOCK_KEYS];
+    for (n, block) in sequence.iter().enumerate() {
+        let tokens = block.start()..block.start() + block.rows;
+        let source = &inputs.qkv[tokens.start * spec.qkv_width()..tokens.end * spec.qkv_width()];
+        copy_head(source, spec.qkv_width(), column, spec.head_dim, 0, &mut q[n * size..][..size]);
+        let source = &inputs.d_o[tokens.start * width..tokens.end * width];
+        copy_head(source, width, column, spec.head_dim, 0, &mut d_o[n * size..][..size]);
+        for (row, token) in tokens.enumerate() {
+            let columns = token * width + column..token * width + column + spec.head_dim;
+            lse[n * BLOCK_KEYS + row] = inputs.lse[token * spec.heads + head];
+            delta[n * BLOCK_KEYS + row] = row_dot(&inputs.d_o[columns.clone()], &inputs.o[columns]);
+        }
+    }
     let (mut probabilities, mut d_scores) = ([[0.0; BLOCK_KEYS]; BLOCK_KEYS], [[0.0; BLOCK_KEYS]; BLOCK_KEYS]);
     for (n, keys) in sequence.iter().enumerate() {
         let index = (keys.first + n) * spec.kv_heads + head / spec.group();
@@ -158,13 +150,12 @@ fn head_gradients(
             if !sees {
                 continue;
             }
-            let index = (block.first + m) * spec.heads + head;
             let query_block = QueryBlock {
                 block,
-                q: &packed.q[index * size..][..size],
-                d_o: &packed.d_o[index * size..][..size],
-                lse: &lse[index * BLOCK_KEYS..][..BLOCK_KEYS],
-                delta: &delta[index * BLOCK_KEYS..][..BLOCK_KEYS],
+                q: &q[m * size..][..size],
+                d_o: &d_o[m * size..][..size],
+                lse: &lse[m * BLOCK_KEYS..][..BLOCK_KEYS],
+                delta: &delta[m * BLOCK_KEYS..][..BLOCK_KEYS],
             };
             block_gradients(
                 query_block,
@@ -255,8 +246,8 @@ fn query_rows<const R: usize>(
 }
 
 simd_fn! {
-/// Turns the `columns` of a row of scores into probabilities, and of probability gradients into score gradients; hidden
-/// keys, those not in `from..to`, into 0.
+    /// Turns the `columns` of a row of scores into probabilities, and of probability gradients into score gradients; hidden
+    /// keys, those not in `from..to`, into 0.
     fn score_gradients(
         scores: &mut [f32; BLOCK_KEYS], gradients: &mut [f32; BLOCK_KEYS], columns: Range<usize>,
         visible: (usize, usize), scale: f32, lse: f32, delta: f32,

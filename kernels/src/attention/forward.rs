@@ -62,28 +62,19 @@ impl Running {
     /// Writes the output `[D]` of query `row`; returns the logarithm of its sum of exponentials.
     pub(super) fn finish(&self, row: usize, o: &mut [f32]) -> f32 {
         let stride = padded(o.len());
-        write_output(&self.output[row * stride..], self.sum[row], o);
-        log_sum(self.maximum[row], self.sum[row])
+        normalise(&self.output[row * stride..], self.maximum[row], self.sum[row], o)
     }
 }
 
 simd_fn! {
-    fn write_output(output: &[f32], sum: f32, o: &mut [f32]) = write_output_body;
+    fn normalise(output: &[f32], maximum: f32, sum: f32, o: &mut [f32]) -> f32 = normalise_body;
 }
 
 #[inline(always)]
-fn write_output_body<const FMA: bool>(output: &[f32], sum: f32, o: &mut [f32]) {
+fn normalise_body<const FMA: bool>(output: &[f32], maximum: f32, sum: f32, o: &mut [f32]) -> f32 {
     for (o, value) in o.iter_mut().zip(output) {
         *o = value / sum;
     }
-}
-
-simd_fn! {
-    fn log_sum(maximum: f32, sum: f32) -> f32 = log_sum_body;
-}
-
-#[inline(always)]
-fn log_sum_body<const FMA: bool>(maximum: f32, sum: f32) -> f32 {
     maximum + ln::<FMA>(sum)
 }
 
@@ -124,10 +115,8 @@ fn attend_rows<const R: usize>(
     for r in 0..R {
         let (maximum, sum) = (&mut running.maximum[row + r], &mut running.sum[row + r]);
         let rescale = probabilities(&mut scores[r], columns.clone(), visible[r], scale, maximum, sum);
-        if rescale != 1.0 {
-            for value in &mut output[r * stride..][..stride] {
-                *value *= rescale;
-            }
+        for value in &mut output[r * stride..][..stride] {
+            *value *= rescale;
         }
     }
     let values = Right { values, stride };
@@ -151,10 +140,10 @@ pub(super) fn block_range(from: usize, to: usize, start: usize) -> (usize, usize
 }
 
 simd_fn! {
-/// Turns the `columns` of a row of scores into `exp(scale · score - maximum)`, hidden keys into 0, and updates maximum
-/// and sum; `columns` are whole vectors that hold all of the visible keys `from..to`.
-///
-/// Returns the factor that brings what was accumulated before to the new maximum.
+    /// Turns the `columns` of a row of scores into `exp(scale · score - maximum)`, hidden keys into 0, and updates maximum
+    /// and sum; `columns` are whole vectors that hold all of the visible keys `from..to`.
+    ///
+    /// Returns the factor that brings what was accumulated before to the new maximum.
     fn probabilities(
         scores: &mut [f32; BLOCK_KEYS], columns: Range<usize>, visible: (usize, usize), scale: f32, maximum: &mut f32,
         sum: &mut f32,
@@ -193,7 +182,8 @@ fn probabilities_body<const FMA: bool>(
             sums[lane] += vector[lane];
         }
     }
-    let rescale = if new > old { exp::<FMA>(old - new) } else { 1.0 };
+    // No branch on whether the maximum grew, which no processor predicts: e^0 is 1, and e^-inf for the first block 0.
+    let rescale = exp::<FMA>(old - new);
     *maximum = new;
     *sum = fma::<FMA>(*sum, rescale, sum_lanes(sums));
     rescale

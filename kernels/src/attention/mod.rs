@@ -140,15 +140,9 @@ pub fn attention_backward(
     check_dims(OP, "o", &[tokens, spec.output_width()], o.dims())?;
     check_dims(OP, "saved lse", &[tokens, spec.heads], saved.lse.dims())?;
     let mut dqkv = vec![0.0; tokens * spec.qkv_width()];
-    backward::backward(
-        &view(OP, d_o)?,
-        &view(OP, qkv)?,
-        &view(OP, o)?,
-        &view(OP, &saved.lse)?,
-        &blocks,
-        spec,
-        &mut dqkv,
-    );
+    let (d_o, qkv, o, lse) = (view(OP, d_o)?, view(OP, qkv)?, view(OP, o)?, view(OP, &saved.lse)?);
+    let inputs = backward::Inputs { d_o: &d_o, qkv: &qkv, o: &o, lse: &lse };
+    backward::backward(inputs, &blocks, spec, &mut dqkv);
     tensor(dqkv, (tokens, spec.qkv_width()))
 }
 

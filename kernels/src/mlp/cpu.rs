@@ -59,7 +59,7 @@ fn silu<const FMA: bool>(x: f32) -> (f32, f32) {
 #[inline(always)]
 fn gelu_tanh<const FMA: bool>(x: f32) -> (f32, f32) {
     // x/2 (1 + tanh u) = x σ(2u), with 2u = x (A + B x²).
-    const A: f32 = 1.595_769_1; // 2 √(2/π)
+    const A: f32 = 1.595_769; // 2 √(2/π)
     const B: f32 = 0.071_354_814; // 0.044715 A
     let square = x * x;
     let (s, rest) = sigmoid::<FMA>(x * fma::<FMA>(B, square, A));

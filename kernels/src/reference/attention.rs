@@ -1,5 +1,8 @@
 //! Twin of attention: one head of one sequence, with the whole matrix of probabilities.
 
+/// A matrix, row by row.
+pub type Rows = Vec<Vec<f64>>;
+
 /// Output `[n, D]` and log-sum-exp `[n]` of `q`, `k`, `v` (each `n` rows of `D`); `visible(i, j)` is the mask.
 pub fn attention(
     q: &[Vec<f64>],
@@ -7,7 +10,7 @@ pub fn attention(
     v: &[Vec<f64>],
     scale: f64,
     visible: impl Fn(usize, usize) -> bool,
-) -> (Vec<Vec<f64>>, Vec<f64>) {
+) -> (Rows, Vec<f64>) {
     let (mut o, mut lse) = (Vec::new(), Vec::new());
     for (i, q) in q.iter().enumerate() {
         let score = |j: usize| scale * q.iter().zip(&k[j]).map(|(q, k)| q * k).sum::<f64>();
@@ -33,7 +36,7 @@ pub fn attention_backward(
     v: &[Vec<f64>],
     scale: f64,
     visible: impl Fn(usize, usize) -> bool,
-) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) {
+) -> (Rows, Rows, Rows) {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let add =
         |into: &mut [f64], factor: f64, from: &[f64]| into.iter_mut().zip(from).for_each(|(i, f)| *i += factor * f);

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use tandem_kernels::sample::SamplingParams;
 
 use super::check::Checker;
+use super::error::{ConfigError, Origin};
 
 /// How a token is chosen. The default is to sample from the model's own distribution.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -69,6 +70,19 @@ impl Default for GenerationConfig {
 }
 
 impl GenerationConfig {
+    /// The same, if everything in it is possible: for settings that come from elsewhere than a configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with all problems found.
+    pub fn checked(self) -> Result<Self, ConfigError> {
+        let mut check = Checker::default();
+        self.check(&mut check);
+        match check.into_problems() {
+            problems if problems.is_empty() => Ok(self),
+            problems => Err(ConfigError::Invalid { origin: Origin::Defaults, problems }),
+        }
+    }
+
     pub(super) fn check(&self, check: &mut Checker) {
         check.at_least("generation.max_new_tokens", self.max_new_tokens, 1);
         self.sampling.check("generation.sampling", check);

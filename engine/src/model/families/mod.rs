@@ -24,6 +24,8 @@ mod opt;
 mod qwen2;
 mod reward;
 mod rotary;
+#[cfg(test)]
+mod tests;
 
 /// Everything that one family's folders have of their own.
 struct FamilyFormat {

@@ -43,9 +43,9 @@ fn refuse_windows(config: &Config, layers: usize) -> Result<()> {
         None => config.flag("use_sliding_window", false)? && from < layers as u64,
     };
     if windowed {
-        return Err(
-            config.refuse("its attention has a sliding window in some blocks, which is not supported for Qwen2")
-        );
+        return Err(config.refuse(
+            "use_sliding_window or layer_types give some blocks a sliding window, which is not supported for Qwen2",
+        ));
     }
     Ok(())
 }

@@ -97,7 +97,7 @@ pub(crate) fn read(path: &Path) -> Result<(File, Vec<Stored>)> {
 }
 
 /// Checks names, shapes, types and offsets against the `bytes` of data that begin at `data`.
-fn check(mut entries: Vec<(String, Entry)>, bytes: u64, data: u64) -> Result<Vec<Stored>, String> {
+fn check(mut entries: Vec<(String, Entry)>, bytes: u64, data: u64) -> std::result::Result<Vec<Stored>, String> {
     entries.sort_by(|(a, x), (b, y)| (x.data_offsets, a).cmp(&(y.data_offsets, b)));
     let mut end = 0;
     let mut tensors = Vec::with_capacity(entries.len());
@@ -109,7 +109,8 @@ fn check(mut entries: Vec<(String, Entry)>, bytes: u64, data: u64) -> Result<Vec
             return Err(format!("a tensor has the unusual name {shown:?}"));
         }
         let Some(dtype) = Dtype::parse(&dtype) else {
-            return Err(format!("{name} has the unknown dtype {dtype:?}"));
+            let shown: String = dtype.chars().take(16).collect();
+            return Err(format!("{name} has the unknown dtype {shown:?}"));
         };
         if shape.len() > RANK_LIMIT {
             return Err(format!("{name} has {} dimensions; at most {RANK_LIMIT} are supported", shape.len()));

@@ -1,0 +1,349 @@
+//! Proximal policy optimisation (Schulman et al. 2017) of a language model against a reward (Ziegler et al. 2019).
+//!
+//! An iteration samples responses, measures them, commits the experience, reads it back and learns from it for a few
+//! epochs of mini-batches. The whole loop is [`run`].
+
+pub mod advantage;
+mod experience;
+pub mod kl;
+pub mod loss;
+pub mod report;
+pub mod rollout;
+mod state;
+pub mod update;
+
+use std::path::Path;
+use std::time::Instant;
+
+use tandem_data::experience::ExperienceRow;
+use tandem_data::order::permutation;
+use tandem_engine::generate::CacheSize;
+use tandem_engine::model::unit::{Head, SCORE};
+use tandem_engine::train::Ema;
+use tandem_engine::{Engine, Model, Recompute};
+
+use self::advantage::RewardShape;
+use self::experience::{Explorer, Figures, Times};
+use self::kl::KlController;
+use self::rollout::RolloutConfig;
+use self::state::{Learner, PpoState, Totals};
+use self::update::{Learners, Lesson, UpdateConfig, update};
+use crate::cli::{Launch, Outcome};
+use crate::config::{Config, ConfigError, Origin, PpoConfig, Stage};
+use crate::dataset;
+use crate::error::{Result, StageError};
+use crate::memory::Memory;
+use crate::models::{self, LoadedModel};
+use crate::monitor::{MetricsRow, Progress, field};
+use crate::plan::PpoModels;
+use crate::run::{Run, is_due};
+use crate::scoring::{Scorer, scorer};
+
+/// Skipped updates in a row that end the run.
+const MAX_SKIPPED: u32 = 3;
+
+/// Runs PPO in `dir`; `pipeline` is the pipeline's directory, if it is run as part of one.
+///
+/// # Errors
+/// What can end a stage, with the file, key or row concerned.
+pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outcome> {
+    let config = &launch.config;
+    let ppo = &config.ppo;
+    let sources = config.ppo_models(pipeline)?;
+    if launch.dry_run {
+        return plan(launch, &sources);
+    }
+    let mut run = Run::open(dir, Stage::Ppo, config, launch.resume)?;
+    if run.is_finished() {
+        return Ok(Outcome::Finished);
+    }
+    let base = models::load_for(config, &sources.actor, Head::Language)?;
+    base.check_length("ppo.max_prompt_tokens + ppo.max_response_tokens", longest_sequence(ppo))?;
+    let critic = models::load_for(config, &sources.critic, Head::Scalar)?;
+    check_critic(&base, &critic)?;
+    run.pin("actor", &base.digest)?;
+    run.pin("critic", &critic.digest)?;
+    let mut scorer = scorer(&sources.reward, &base.tokenizer, ppo.tokens_per_micro_batch)?;
+    let prompts = dataset::prompts(config, &base.tokenizer)?;
+    run.pin("data", &prompts.digest)?;
+
+    let reference = base.model;
+    let explorer = Explorer {
+        prompts: &prompts.train,
+        reference: &reference,
+        tokenizer: &base.tokenizer,
+        rollout: rollout_config(ppo, base.tokenizer.stop_ids()),
+        prompts_per_iteration: ppo.prompts_per_iteration,
+        samples_per_prompt: ppo.samples_per_prompt,
+        tokens_per_micro_batch: ppo.tokens_per_micro_batch,
+        seed: config.run.seed,
+    };
+    let (mut learner, mut state) = start(&run, config, &reference, critic)?;
+    let mut progress = Progress::new("ppo", ppo.iterations, state.iteration);
+    while state.iteration < ppo.iterations {
+        let started = Instant::now();
+        let (back, rows, times) = gather(&run, &explorer, learner, &mut *scorer, &state)?;
+        learner = back;
+        if launch.stop.is_requested() && state.update == 0 {
+            return stop(&mut run, ppo, &learner, &state);
+        }
+        let figures = experience::figures(&rows);
+        let shape = RewardShape {
+            kl_coefficient: state.kl_coefficient,
+            score_clip: ppo.reward.clip,
+            missing_eos_penalty: ppo.missing_eos_penalty,
+        };
+        let tokens: usize = rows.iter().map(|row| row.prompt_ids.len() + row.response_ids.len()).sum();
+        let count = rows.len();
+        let lessons = experience::lessons(rows, &shape, ppo.gamma, ppo.lambda);
+        while state.update < updates_per_iteration(ppo) {
+            let learners = match state.iteration < ppo.critic_warmup_iterations {
+                true => Learners::Critic,
+                false => Learners::Both,
+            };
+            let members = mini_batch(config, &state, &lessons);
+            let outcome = update(&mut learner.actor, &mut learner.critic, &members, learners, &update_config(ppo))?;
+            follow(&mut learner, &mut state, &outcome)?;
+            let per_token = outcome.policy.approx_kl / outcome.policy.tokens;
+            if ppo.max_approx_kl.is_some_and(|most| per_token > most) {
+                state.update = updates_per_iteration(ppo);
+            }
+            if state.update < updates_per_iteration(ppo) && launch.stop.is_requested() {
+                return stop(&mut run, ppo, &learner, &state);
+            }
+        }
+        let elapsed_s = started.elapsed().as_secs_f64();
+        let train_s = (elapsed_s - times.generate_s - times.score_s).max(0.0);
+        run.log(&metrics(&state, &figures, &times, train_s, tokens, elapsed_s))?;
+        let mut kl = KlController::new(&ppo.kl).at(state.kl_coefficient);
+        kl.observe(figures.kl_mean, count);
+        state = PpoState {
+            iteration: state.iteration + 1,
+            update: 0,
+            kl_coefficient: kl.coefficient(),
+            totals: Totals::default(),
+            ..state
+        };
+        progress.update(
+            state.iteration,
+            &format!("reward {:+.3}  kl {:.2}  len {:.1}", figures.score_mean, figures.kl_mean, figures.len_mean),
+        );
+        if launch.stop.is_requested() {
+            return stop(&mut run, ppo, &learner, &state);
+        }
+        if is_due(state.iteration, ppo.checkpoint_every) || state.iteration == ppo.iterations {
+            run.save(checkpoint_number(ppo, &state), &state, |staging| learner.save(staging))?;
+        }
+    }
+    progress.finish();
+
+    let trained = learner.actor.model();
+    let comparison = report::compare(&reference, trained, &prompts.eval, &mut *scorer, &base.tokenizer, config)?;
+    println!("{comparison}");
+    run.finish(&comparison.results(), |staging| {
+        models::export(trained, &base.tokenizer, &base.source_config, None, config, staging)
+    })?;
+    Ok(Outcome::Finished)
+}
+
+/// The models and counters to go on from: those of the newest checkpoint, or fresh ones.
+fn start(run: &Run, config: &Config, actor: &Model, critic: LoadedModel) -> Result<(Learner, PpoState)> {
+    let ppo = &config.ppo;
+    let steps = ppo.steps();
+    let (actor_optimizer, critic_optimizer) = (ppo.actor_optimizer.build(steps), ppo.critic_optimizer.build(steps));
+    if let Some(point) = run.resume_point() {
+        let (actor, critic) = ((actor.spec(), actor_optimizer), (critic.model.spec(), critic_optimizer));
+        return Ok((Learner::load(&point.files, actor, critic, ppo.ema_decay)?, point.state()?));
+    }
+    let learner = Learner {
+        actor: Engine::new(actor.duplicate()?, actor_optimizer)?,
+        critic: Engine::new(in_units_of_reward(critic)?, critic_optimizer)?,
+        ema: ppo.ema_decay.map(|decay| Ema::new(actor, decay)).transpose()?,
+    };
+    let state = PpoState {
+        iteration: 0,
+        update: 0,
+        kl_coefficient: ppo.kl.coefficient,
+        skipped_in_a_row: 0,
+        totals: Totals::default(),
+    };
+    Ok((learner, state))
+}
+
+/// A critic made from a reward model starts in the units of the rewards, which that model's spread has scaled.
+fn in_units_of_reward(critic: LoadedModel) -> Result<Model> {
+    if let Some(scale) = critic.reward_scale
+        && scale.std > 0.0
+    {
+        let score = critic.model.units()[0].get(SCORE)?;
+        score.slice_set(&(&score / scale.std)?.contiguous()?, 0, 0)?;
+    }
+    Ok(critic.model)
+}
+
+/// The critic reads the actor's tokens as they are, so both must mean the same by them.
+fn check_critic(actor: &LoadedModel, critic: &LoadedModel) -> Result<()> {
+    if actor.tokenizer.files().tokenizer() == critic.tokenizer.files().tokenizer() {
+        return Ok(());
+    }
+    let problem = "`ppo.critic` has another tokenizer than the actor; start it from a model with the actor's tokenizer";
+    Err(ConfigError::Invalid { origin: Origin::Defaults, problems: vec![problem.into()] }.into())
+}
+
+/// Prints what would be done and held in memory.
+fn plan(launch: &Launch, sources: &PpoModels) -> Result<Outcome> {
+    let ppo = &launch.config.ppo;
+    println!("{}", launch.plan_text()?);
+    // In a pipeline that has not begun there is no model to look at yet; its shape is that of `[model]`.
+    let spec = match models::load_for(&launch.config, &sources.actor, Head::Language) {
+        Ok(loaded) => loaded.model.spec().clone(),
+        Err(error) => match (&launch.config.model.new, &launch.config.tokenizer.train) {
+            (Some(new), Some(train)) => new.spec(train.vocab_size),
+            _ => return Err(error),
+        },
+    };
+    let tokens = ppo.tokens_per_micro_batch;
+    let slots = SLOTS.min(ppo.samples_per_iteration());
+    let memory = Memory::new()
+        .trained("actor", &spec, Head::Language, tokens, ppo.recompute)
+        .trained("critic", &spec, Head::Scalar, tokens, ppo.recompute)
+        .frozen("reference", &spec, Head::Language)
+        .frozen("reward", &spec, Head::Scalar)
+        .cache(&spec, CacheSize { slots, max_len: longest_sequence(ppo) });
+    println!("{memory}");
+    Ok(Outcome::Finished)
+}
+
+fn longest_sequence(ppo: &PpoConfig) -> usize {
+    ppo.max_prompt_tokens + ppo.max_response_tokens
+}
+
+/// The experience of the iteration under way: what was committed, or else sampled and committed now.
+fn gather(
+    run: &Run,
+    explorer: &Explorer<'_>,
+    learner: Learner,
+    scorer: &mut dyn Scorer,
+    state: &PpoState,
+) -> Result<(Learner, Vec<ExperienceRow>, Times)> {
+    let series = run.experience();
+    let fresh = state.update == 0;
+    let policy_step = fresh.then(|| learner.actor.optimizer().step());
+    if let Some(rows) = experience::read(&series, state.iteration, policy_step)? {
+        return Ok((learner, rows, Times::default()));
+    }
+    if !fresh {
+        return Err(StageError::Numerical(format!(
+            "{} is missing or damaged, and the policy that sampled it has moved on; remove the newest checkpoint",
+            series.path(state.iteration).display()
+        )));
+    }
+    let Learner { actor, critic, ema } = learner;
+    let (actor, rows, times) = explorer.explore(actor, critic.model(), scorer, state.iteration)?;
+    experience::commit(&series, state.iteration, &rows)?;
+    let rows = experience::read(&series, state.iteration, policy_step)?.unwrap_or(rows);
+    Ok((Learner { actor, critic, ema }, rows, times))
+}
+
+/// The mini-batch of the update at hand: each epoch visits every sample once, in an order of its own.
+fn mini_batch<'a>(config: &Config, state: &PpoState, lessons: &'a [Lesson]) -> Vec<&'a Lesson> {
+    let ppo = &config.ppo;
+    let mini_batches = ppo.mini_batches as u64;
+    let (epoch, part) = (state.update / mini_batches, (state.update % mini_batches) as usize);
+    let order = permutation(config.run.seed, state.iteration * ppo.epochs as u64 + epoch, lessons.len());
+    let bound = |part: usize| part * lessons.len() / ppo.mini_batches;
+    order[bound(part)..bound(part + 1)].iter().map(|&index| &lessons[index]).collect()
+}
+
+/// Notes the outcome of an update: counters, average, and whether it is time to give up.
+fn follow(learner: &mut Learner, state: &mut PpoState, outcome: &update::UpdateOutcome) -> Result<()> {
+    state.totals.add(state.update, outcome);
+    state.update += 1;
+    if outcome.applied {
+        state.skipped_in_a_row = 0;
+        if let Some(ema) = &mut learner.ema {
+            ema.update(learner.actor.model())?;
+        }
+        return Ok(());
+    }
+    state.skipped_in_a_row += 1;
+    if state.skipped_in_a_row >= MAX_SKIPPED {
+        return Err(StageError::Numerical(format!(
+            "iteration {}: {MAX_SKIPPED} updates in a row had gradients that are not finite",
+            state.iteration + 1
+        )));
+    }
+    Ok(())
+}
+
+fn stop(run: &mut Run, ppo: &PpoConfig, learner: &Learner, state: &PpoState) -> Result<Outcome> {
+    run.save_now(checkpoint_number(ppo, state), state, |staging| learner.save(staging))?;
+    Ok(Outcome::Stopped)
+}
+
+fn updates_per_iteration(ppo: &PpoConfig) -> u64 {
+    (ppo.epochs * ppo.mini_batches) as u64
+}
+
+/// Checkpoints are numbered by updates, so that one may be taken in the middle of an iteration.
+fn checkpoint_number(ppo: &PpoConfig, state: &PpoState) -> u64 {
+    state.iteration * updates_per_iteration(ppo) + state.update
+}
+
+fn update_config(ppo: &PpoConfig) -> UpdateConfig {
+    UpdateConfig {
+        policy_clip: ppo.policy_clip,
+        value_clip: ppo.value_clip,
+        entropy_coefficient: ppo.entropy_coefficient,
+        whiten: ppo.whiten,
+        tokens_per_micro_batch: ppo.tokens_per_micro_batch,
+        recompute: if ppo.recompute { Recompute::On } else { Recompute::Off },
+    }
+}
+
+/// Sequences decoded at once: enough to fill the machine, few enough for their cache.
+const SLOTS: usize = 64;
+
+fn rollout_config(ppo: &PpoConfig, stop: &[u32]) -> RolloutConfig {
+    RolloutConfig {
+        sampling: ppo.sampling.params(),
+        max_response_tokens: ppo.max_response_tokens,
+        stop: stop.to_vec(),
+        slots: SLOTS,
+        prefill_tokens: ppo.tokens_per_micro_batch,
+    }
+}
+
+fn metrics(
+    state: &PpoState,
+    figures: &Figures,
+    times: &Times,
+    train_s: f64,
+    tokens: usize,
+    elapsed_s: f64,
+) -> MetricsRow {
+    let totals = &state.totals;
+    let per_token = |sum: f64| sum / totals.tokens.max(1.0);
+    let mut row = MetricsRow::new(state.iteration + 1);
+    row.set(field::LOSS, per_token(totals.loss))
+        .set(field::LR, totals.lr)
+        .set(field::GRAD_NORM, totals.grad_norm / state.update.max(1) as f64)
+        .set(field::TOKENS, tokens as u64)
+        .set(field::TOKENS_PER_S, tokens as f64 / elapsed_s.max(1e-9))
+        .set(field::REWARD_MEAN, figures.score_mean)
+        .set(field::REWARD_STD, figures.score_std)
+        .set(field::KL_MEAN, figures.kl_mean)
+        .set(field::KL_COEFFICIENT, state.kl_coefficient)
+        .set(field::ENTROPY, per_token(totals.entropy))
+        .set(field::CLIP_FRACTION, per_token(totals.clipped))
+        .set(field::RATIO_MAX, totals.ratio_max)
+        .set(field::APPROX_KL, per_token(totals.approx_kl))
+        .set(field::VALUE_LOSS, per_token(totals.value_loss))
+        .set(field::RESPONSE_LEN_MEAN, figures.len_mean)
+        .set(field::RESPONSE_EOS_RATE, figures.eos_rate)
+        .set(field::LOGP_GAP_MAX, totals.logp_gap_max)
+        .set(field::TIME_GENERATE_S, times.generate_s)
+        .set(field::TIME_SCORE_S, times.score_s)
+        .set(field::TIME_TRAIN_S, train_s);
+    row
+}

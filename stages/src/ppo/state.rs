@@ -1,0 +1,127 @@
+//! What a PPO run must remember to continue bit for bit, beside the weights.
+
+use serde::{Deserialize, Serialize};
+use tandem_engine::checkpoint::{load_ema, load_engine, save_ema, save_engine};
+use tandem_engine::model::spec::ModelSpec;
+use tandem_engine::model::unit::Head;
+use tandem_engine::train::{Ema, OptimizerConfig};
+use tandem_engine::{Engine, Train};
+use tandem_store::{Published, Staging};
+
+use super::loss::PolicyStats;
+use super::update::UpdateOutcome;
+use crate::error::Result;
+
+const ACTOR: &str = "actor";
+const CRITIC: &str = "critic";
+const EMA: &str = "ema";
+
+/// The models that PPO trains.
+pub(super) struct Learner {
+    pub(super) actor: Engine<Train>,
+    pub(super) critic: Engine<Train>,
+    pub(super) ema: Option<Ema>,
+}
+
+/// Counters of a run. Everything random is addressed by them and needs no state of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct PpoState {
+    /// Iterations completed.
+    pub(super) iteration: u64,
+    /// Updates made in the iteration under way; its experience is committed once this is above 0.
+    pub(super) update: u64,
+    /// The KL coefficient.
+    #[serde(with = "bits")]
+    pub(super) kl_coefficient: f64,
+    /// Updates in a row that were skipped for gradients that were not finite.
+    pub(super) skipped_in_a_row: u32,
+    /// What the iteration's updates did so far.
+    pub(super) totals: Totals,
+}
+
+/// Sums over the updates of one iteration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Totals {
+    /// Updates that moved the models.
+    pub(super) applied: u64,
+    #[serde(with = "bits")]
+    pub(super) tokens: f64,
+    #[serde(with = "bits")]
+    pub(super) loss: f64,
+    #[serde(with = "bits")]
+    pub(super) entropy: f64,
+    #[serde(with = "bits")]
+    pub(super) clipped: f64,
+    #[serde(with = "bits")]
+    pub(super) approx_kl: f64,
+    #[serde(with = "bits")]
+    pub(super) ratio_max: f64,
+    /// Of the first update only: there, new and recorded log-probabilities must agree.
+    #[serde(with = "bits")]
+    pub(super) logp_gap_max: f64,
+    #[serde(with = "bits")]
+    pub(super) value_loss: f64,
+    #[serde(with = "bits")]
+    pub(super) grad_norm: f64,
+    #[serde(with = "bits")]
+    pub(super) lr: f64,
+}
+
+impl Totals {
+    /// Takes in the outcome of update number `update` of the iteration.
+    pub(super) fn add(&mut self, update: u64, outcome: &UpdateOutcome) {
+        let PolicyStats { tokens, loss, entropy, clipped, approx_kl, ratio_max, logp_gap_max } = outcome.policy;
+        self.applied += u64::from(outcome.applied);
+        self.tokens += tokens;
+        self.loss += loss;
+        self.entropy += entropy;
+        self.clipped += clipped;
+        self.approx_kl += approx_kl;
+        self.ratio_max = self.ratio_max.max(ratio_max);
+        if update == 0 {
+            self.logp_gap_max = logp_gap_max;
+        }
+        self.value_loss += outcome.value_loss;
+        self.grad_norm += outcome.grad_norm;
+        self.lr = outcome.lr;
+    }
+}
+
+/// f64 by its bits: a decimal round trip may lose the last one.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(value.to_bits())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Ok(f64::from_bits(u64::deserialize(deserializer)?))
+    }
+}
+
+impl Learner {
+    /// Writes weights and optimizer state.
+    pub(super) fn save(&self, staging: &mut Staging) -> Result<()> {
+        save_engine(&self.actor, ACTOR, staging)?;
+        save_engine(&self.critic, CRITIC, staging)?;
+        if let Some(ema) = &self.ema {
+            save_ema(ema, EMA, staging)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what [`Learner::save`] wrote.
+    pub(super) fn load(
+        checkpoint: &Published,
+        (actor, actor_optimizer): (&ModelSpec, OptimizerConfig),
+        (critic, critic_optimizer): (&ModelSpec, OptimizerConfig),
+        ema_decay: Option<f64>,
+    ) -> Result<Self> {
+        Ok(Self {
+            actor: load_engine(actor, Head::Language, actor_optimizer, ACTOR, checkpoint)?,
+            critic: load_engine(critic, Head::Scalar, critic_optimizer, CRITIC, checkpoint)?,
+            ema: ema_decay.map(|decay| load_ema(actor, Head::Language, decay, EMA, checkpoint)).transpose()?,
+        })
+    }
+}

@@ -1,0 +1,202 @@
+//! Reward modelling: the model learns to score responses as people do.
+//!
+//! The model has a scalar head; the score of a response is what the head says at its last token. Learnt is the pairwise
+//! logistic loss of [`loss`], over pairs of which people preferred one.
+
+pub mod loss;
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use tandem_engine::model::families::RewardScale;
+use tandem_engine::model::unit::Head;
+use tandem_engine::{Engine, Model, Packed, Train};
+
+use crate::cli::{Launch, Outcome};
+use crate::config::{Config, Stage};
+use crate::dataset::{Pair, RewardPairs, Text, reward_pairs, stage_rows};
+use crate::error::Result;
+use crate::memory::Memory;
+use crate::models::{self, LoadedModel};
+use crate::monitor::field;
+use crate::run::Run;
+use crate::supervised::{self, Measures, Objective, Pass, Plan, StepRow, batches};
+use loss::PairLoss;
+
+/// Runs the stage in `dir`; `pipeline` is the pipeline's directory, if it is run as part of one.
+///
+/// # Errors
+/// Data or a model that cannot be used, a directory that holds another run, numbers that went wrong, a disk that fails.
+pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outcome> {
+    let config = &launch.config;
+    let source = config.reward_init(pipeline)?;
+    if launch.dry_run && pipeline.is_some() && !Path::new(&source).exists() {
+        let rows = stage_rows(config, Stage::Reward)?;
+        println!("reward: {} rows, {} held out; starts from what sft will make", rows.train.len(), rows.eval.len());
+        return Ok(Outcome::Finished);
+    }
+    let mut start = models::load_for(config, &source, Head::Scalar)?;
+    start.check_length("data.max_tokens", config.data.max_tokens)?;
+    start.init_score(config.run.seed)?;
+    let pairs = reward_pairs(config, &start.tokenizer)?;
+    let training = config.reward.training();
+    if launch.dry_run {
+        let (spec, tokens) = (start.model.spec(), training.tokens_per_micro_batch);
+        let memory = Memory::new().trained("model", spec, Head::Scalar, tokens, training.recompute);
+        let (train, eval, steps) = (pairs.train.len(), pairs.eval.len(), training.steps(pairs.train.len()));
+        println!("{}\nreward: {train} pairs, {eval} held out, {steps} steps\n\n{memory}", launch.plan_text()?);
+        return Ok(Outcome::Finished);
+    }
+    let mut run = Run::open(dir, Stage::Reward, config, launch.resume)?;
+    run.pin("data", &pairs.digest)?;
+    run.pin("model", &start.digest)?;
+    if run.is_finished() {
+        tracing::info!("reward: finished before; nothing is left to do");
+        return Ok(Outcome::Finished);
+    }
+    let LoadedModel { model, tokenizer, source_config, .. } = start;
+    let plan = Plan { stage: Stage::Reward, training, optimizer: &config.reward.optimizer, seed: config.run.seed };
+    let objective = Preferences::new(&pairs, config);
+    let Some(trained) = supervised::train(&mut run, &plan, model, &objective, &launch.stop)? else {
+        return Ok(Outcome::Stopped);
+    };
+    let scale = objective.scale(&trained.model)?;
+    let results = supervised::results(&trained, run.seconds());
+    let export = run.finish(&results, |staging| {
+        models::export(&trained.model, &tokenizer, &source_config, scale, config, staging)
+    })?;
+    let shown = [
+        (field::EVAL_ACCURACY, "accuracy, held-out pairs"),
+        (field::REWARD_MEAN, "mean score, held-out texts"),
+        (field::REWARD_STD, "standard deviation"),
+    ];
+    println!("{}\n{}", supervised::table("reward", &results, &shown), export.display());
+    Ok(Outcome::Finished)
+}
+
+/// Scoring the preferred response higher.
+struct Preferences<'a> {
+    pairs: &'a RewardPairs,
+    loss: PairLoss,
+    /// Most tokens of a forward pass.
+    budget: usize,
+    /// Most texts to measure the scale on where no pair is held out.
+    max_texts: usize,
+}
+
+impl<'a> Preferences<'a> {
+    fn new(pairs: &'a RewardPairs, config: &Config) -> Self {
+        Self {
+            pairs,
+            loss: PairLoss { centring: config.reward.centring },
+            budget: config.reward.tokens_per_micro_batch,
+            max_texts: config.eval.max_rows,
+        }
+    }
+
+    fn pair(&self, row: StepRow) -> Pair {
+        self.pairs.train.pair(row.epoch, row.index)
+    }
+
+    /// The two texts of a pair, the preferred one first.
+    fn texts(&self, row: StepRow) -> [&Text; 2] {
+        let Pair { chosen, rejected, .. } = self.pair(row);
+        [chosen, rejected].map(|text| &self.pairs.train.texts()[text])
+    }
+
+    /// The score of each text.
+    fn scores(&self, model: &Model, texts: &[Text]) -> Result<Vec<f64>> {
+        let lengths: Vec<usize> = texts.iter().map(|text| text.ids.len()).collect();
+        let mut scores = Vec::with_capacity(texts.len());
+        for group in batches(&lengths, self.budget)? {
+            let batch = Packed::from_sequences(group.into_iter().map(|index| &texts[index].ids));
+            let found = model.scores(&batch, &last_rows(&batch))?.to_vec1::<f32>()?;
+            scores.extend(found.into_iter().map(f64::from));
+        }
+        Ok(scores)
+    }
+
+    /// Mean and spread of the scores of held-out texts (of training texts if none is held out); `None` if all are the same.
+    fn scale(&self, model: &Model) -> Result<Option<RewardScale>> {
+        let held_out = self.pairs.eval.texts();
+        let trained = self.pairs.train.texts();
+        let texts = if held_out.is_empty() { &trained[..trained.len().min(self.max_texts)] } else { held_out };
+        let (mean, std) = mean_and_std(&self.scores(model, texts)?);
+        if std > 0.0 && mean.is_finite() && std.is_finite() {
+            return Ok(Some(RewardScale { mean, std }));
+        }
+        tracing::warn!("reward: all texts score the same; no scale is stored");
+        Ok(None)
+    }
+}
+
+impl Objective for Preferences<'_> {
+    fn rows(&self) -> usize {
+        self.pairs.train.len()
+    }
+
+    fn tokens(&self, row: StepRow) -> usize {
+        self.texts(row).iter().map(|text| text.ids.len()).sum()
+    }
+
+    fn terms(&self, _row: StepRow) -> usize {
+        1
+    }
+
+    fn origin(&self, row: StepRow) -> String {
+        let [chosen, rejected] = self.texts(row);
+        format!("{} over {}", chosen.origin, rejected.origin)
+    }
+
+    fn accumulate(&self, engine: &mut Engine<Train>, rows: &[StepRow], pass: Pass) -> Result<f64> {
+        let mut batch = Packed::new();
+        for &row in rows {
+            for (text, side) in self.texts(row).into_iter().zip(0..) {
+                batch.push(&text.ids, 2 * row.place + side);
+            }
+        }
+        let margins: Vec<f32> = rows.iter().map(|&row| self.pair(row).margin).collect();
+        let mut sum = 0.0;
+        engine.accumulate_scores(&batch, &last_rows(&batch), pass.dropout, pass.recompute, |scores| {
+            let (loss, slopes) = self.loss.of(&scores.to_vec1::<f32>()?, &margins);
+            sum = loss;
+            // A linear function with the loss's own slopes: autograd has another idea of |x| at equal scores.
+            let slopes = Tensor::from_vec(slopes, scores.dims1()?, &Device::Cpu)?;
+            Ok((scores * slopes)?.sum_all()?)
+        })?;
+        Ok(sum)
+    }
+
+    /// Share of held-out pairs that are ranked as people rank them, and mean and spread of the held-out texts' scores.
+    fn evaluate(&self, model: &Model) -> Result<Measures> {
+        let held_out = &self.pairs.eval;
+        if held_out.is_empty() {
+            return Ok(Measures::new());
+        }
+        let scores = self.scores(model, held_out.texts())?;
+        let pairs = (0..held_out.len()).map(|index| held_out.pair(0, index));
+        let right = pairs.filter(|pair| scores[pair.chosen] > scores[pair.rejected]).count();
+        let (mean, std) = mean_and_std(&scores);
+        Ok(vec![
+            (field::EVAL_ACCURACY, right as f64 / held_out.len() as f64),
+            (field::REWARD_MEAN, mean),
+            (field::REWARD_STD, std),
+        ])
+    }
+}
+
+/// The last token's row of each sequence: where a response ends, and where its score stands.
+fn last_rows(batch: &Packed) -> Vec<u32> {
+    batch.cu_seqlens[1..].iter().map(|end| end - 1).collect()
+}
+
+/// Mean and standard deviation (of the population).
+fn mean_and_std(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+    (mean, variance.sqrt())
+}
+
+#[cfg(test)]
+mod tests;
