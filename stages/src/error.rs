@@ -10,7 +10,7 @@ use tandem_store::StoreError;
 use crate::config::ConfigError;
 
 /// Result of a stage.
-pub type Result<T> = std::result::Result<T, StageError>;
+pub type Result<T, E = StageError> = std::result::Result<T, E>;
 
 /// A stage could not go on.
 #[derive(Debug, thiserror::Error)]

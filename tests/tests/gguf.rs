@@ -7,6 +7,8 @@ use candle_core::quantized::gguf_file::{self, Value as Field};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use serde_json::json;
+use tandem_data::Tokenizer;
+use tandem_data::tokenizer::TokenizerFiles;
 use tandem_engine::model::families::{TensorMap, tensors};
 use tandem_engine::model::gguf;
 use tandem_engine::model::import::{Loaded, load};
@@ -124,9 +126,11 @@ fn gpt2_with_its_matrices_outputs_first() {
     assert_eq!(bits(&found.units), bits(&loaded.units));
 }
 
-fn tokenizer_fields(rules: &str) -> Vec<(&'static str, Field)> {
-    let tokens = ["<|im_start|>", "<|im_end|>", "a", "b", "c", "Ġ", "1", "ab", "Ġc"];
-    let kinds = [3, 3, 1, 1, 1, 1, 1, 1, 4];
+type Fields = Vec<(&'static str, Field)>;
+
+fn tokenizer_fields(rules: &str) -> Fields {
+    let tokens = ["<|im_start|>", "<|im_end|>", "a", "b", "c", "Ġ", "1", "ab", "Ġc", "<tool>"];
+    let kinds = [3, 3, 1, 1, 1, 1, 1, 1, 1, 4];
     vec![
         ("general.architecture", text("llama")),
         ("tokenizer.ggml.model", text("gpt2")),
@@ -158,11 +162,16 @@ fn the_tokenizer_inside() {
     let added = made.tokenizer["added_tokens"].as_array().unwrap();
     let added: Vec<_> =
         added.iter().map(|token| (token["id"].as_u64().unwrap(), token["special"].as_bool().unwrap())).collect();
-    assert_eq!(added, [(0, true), (1, true), (8, false)]);
+    assert_eq!(added, [(0, true), (1, true), (9, false)]);
     assert_eq!(
         made.tokenizer["pre_tokenizer"]["pretokenizers"][0],
         json!({ "type": "Digits", "individual_digits": true })
     );
+
+    let files = TokenizerFiles::new(made.tokenizer.to_string().into_bytes()).with_config(&made.config);
+    let tokenizer = Tokenizer::from_files("tokenizer.gguf", files).unwrap();
+    assert_eq!(tokenizer.encode("ab1 c").unwrap(), [7, 6, 8]);
+    assert_eq!(tokenizer.eos(), 1);
 
     // Llama 3 begins every text with its first token.
     write(&path, &tokenizer_fields("llama-bpe"), &[]);
@@ -174,7 +183,7 @@ fn the_tokenizer_inside() {
 fn unknown_tokenizers_are_refused() {
     let root = tempdir().unwrap();
     let path = root.path().join("tokenizer.gguf");
-    let refused = |change: &dyn Fn(&mut Vec<(&'static str, Field)>), hint: &str| {
+    let refused = |change: &dyn Fn(&mut Fields), hint: &str| {
         let mut fields = tokenizer_fields("smollm");
         change(&mut fields);
         write(&path, &fields, &[]);

@@ -74,7 +74,7 @@ fn encode(
 }
 
 /// The prompt of a row; `None` if its text is too short to have an opening.
-fn prompt_of(origin: &Origin, example: Example, opening_words: Option<usize>) -> Result<Option<Prompt>, DataError> {
+fn prompt_of(origin: &Origin, example: Example, opening_words: Option<usize>) -> tandem_data::Result<Option<Prompt>> {
     match (opening_words, example) {
         (None, example) => example.into_prompt(origin).map(Some),
         (Some(words), Example::Text { text, .. }) => {

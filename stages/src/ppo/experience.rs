@@ -73,7 +73,8 @@ impl Explorer<'_> {
             .collect();
         let ref_logp = rollout::log_probs(self.reference, &sequences, self.tokens_per_micro_batch)?;
         let values = rollout::values(critic, &sequences, self.tokens_per_micro_batch)?;
-        let texts = completions.iter().map(|c| self.tokenizer.decode(&c.ids)).collect::<Result<Vec<_>, _>>()?;
+        let texts: Vec<String> =
+            completions.iter().map(|c| Ok(self.tokenizer.decode(&c.ids)?)).collect::<Result<_>>()?;
         let items: Vec<ScoreItem<'_>> = completions
             .iter()
             .zip(&texts)

@@ -88,3 +88,6 @@ impl Scorer for ModelScorer {
         finite(scores, items)
     }
 }
+
+#[cfg(test)]
+mod tests;
