@@ -52,7 +52,9 @@ pub enum Error {
         misshaped: Vec<String>,
     },
     /// A family's files have no name for a parameter: the spec is not one of that family.
-    #[error("models of the family {family} have no {param}; take the family whose config.json can say what the spec says")]
+    #[error(
+        "models of the family {family} have no {param}; take the family whose config.json can say what the spec says"
+    )]
     NoName {
         /// The family.
         family: Family,
@@ -60,7 +62,9 @@ pub enum Error {
         param: &'static str,
     },
     /// A spec that the config.json of its family cannot express.
-    #[error("a config.json of the family {family} cannot express this model: it would be read back with {what} changed")]
+    #[error(
+        "a config.json of the family {family} cannot express this model: it would be read back with {what} changed"
+    )]
     Inexpressible {
         /// The family.
         family: Family,

@@ -85,6 +85,5 @@ fn load_units(spec: &ModelSpec, head: Head, name: &str, checkpoint: &Published) 
     let file_name = format!("{name}.safetensors");
     let bytes = checkpoint.read(&file_name)?;
     let layouts: Vec<Arc<UnitLayout>> = UnitLayout::all(spec, head).into_iter().map(Arc::new).collect();
-    file::read(&bytes, &layouts)
-        .map_err(|reason| Error::Checkpoint { path: checkpoint.dir().join(file_name), reason })
+    file::read(&bytes, &layouts).map_err(|reason| Error::Checkpoint { path: checkpoint.dir().join(file_name), reason })
 }

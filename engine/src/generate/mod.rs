@@ -10,5 +10,5 @@ mod request;
 mod scheduler;
 
 pub use cache::{CacheSize, KvCache};
-pub use request::{Completion, Finish, OnToken, Request, SamplingKey};
+pub use request::{Completion, Finish, OnToken, Request, SamplingKey, SamplingParams};
 pub use scheduler::{Scheduler, generate};

@@ -104,11 +104,8 @@ impl Block<'_> {
         })?;
         let (y, mlp, (up, activated)) = self.branch(&h, mlp_norm, |input| {
             let up = linear(self.weights, UP, UP_BIAS, input)?;
-            let activated = if spec.gated {
-                mlp::gated(&up, spec.activation)?
-            } else {
-                mlp::activation(&up, spec.activation)?
-            };
+            let activated =
+                if spec.gated { mlp::gated(&up, spec.activation)? } else { mlp::activation(&up, spec.activation)? };
             let out = linear(self.weights, DOWN, DOWN_BIAS, &activated)?;
             Ok((self.dropout(&out, pass, Site::Mlp)?, (up, activated)))
         })?;

@@ -149,9 +149,7 @@ impl Model {
         let pass = self.pass(&batch.cu_seqlens, &batch.positions, None);
         let (mut x, _) = self.ends().embed(&batch.ids, &pass)?;
         for index in 0..self.spec.layers {
-            x = self
-                .block(index)
-                .infer(&x, &pass, |qkv| Ok(attention(qkv, pass.cu_seqlens, pass.attention)?.0))?;
+            x = self.block(index).infer(&x, &pass, |qkv| Ok(attention(qkv, pass.cu_seqlens, pass.attention)?.0))?;
         }
         Ok(x)
     }

@@ -56,7 +56,8 @@ pub struct PpoConfig {
     pub critic_warmup_iterations: u64,
     /// Leave out the rest of an iteration's updates once the approximate KL divergence from the rollout's policy exceeds this.
     pub max_approx_kl: Option<f64>,
-    /// Decay per optimizer step of an averaged actor, which is exported too; left out: none is kept.
+    /// Decay per optimizer step of an averaged actor, which is then the one that is judged and exported; left out: none is
+    /// kept.
     pub ema_decay: Option<f64>,
     /// `[ppo.kl]`: what deviating from the reference costs.
     pub kl: KlConfig,

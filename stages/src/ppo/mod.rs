@@ -29,7 +29,7 @@ use self::rollout::RolloutConfig;
 use self::state::{Learner, PpoState, Totals};
 use self::update::{Learners, Lesson, UpdateConfig, update};
 use crate::cli::{Launch, Outcome};
-use crate::config::{Config, ConfigError, Origin, PpoConfig, Stage};
+use crate::config::{Config, ConfigError, ModelConfig, Origin, PpoConfig, Stage};
 use crate::dataset;
 use crate::error::{Result, StageError};
 use crate::memory::Memory;
@@ -137,9 +137,12 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
     }
     progress.finish();
 
-    let trained = learner.actor.model();
+    let trained = &learner.trained()?;
     let comparison = report::compare(&reference, trained, &prompts.eval, &mut *scorer, &base.tokenizer, config)?;
-    println!("{comparison}");
+    if pipeline.is_none() {
+        // A pipeline prints it with the results of the other stages.
+        println!("{comparison}");
+    }
     run.finish(&comparison.results(), |staging| {
         models::export(trained, &base.tokenizer, &base.source_config, None, config, staging)
     })?;
@@ -194,14 +197,14 @@ fn check_critic(actor: &LoadedModel, critic: &LoadedModel) -> Result<()> {
 fn plan(launch: &Launch, sources: &PpoModels) -> Result<Outcome> {
     let ppo = &launch.config.ppo;
     println!("{}", launch.plan_text()?);
-    // In a pipeline that has not begun there is no model to look at yet; its shape is that of `[model]`.
-    let spec = match models::load_for(&launch.config, &sources.actor, Head::Language) {
-        Ok(loaded) => loaded.model.spec().clone(),
-        Err(error) => match (&launch.config.model.new, &launch.config.tokenizer.train) {
-            (Some(new), Some(train)) => new.spec(train.vocab_size),
-            _ => return Err(error),
-        },
-    };
+    let config = &launch.config;
+    let shape = |source: &str| Ok(models::load_for(config, source, Head::Language)?.model.spec().clone());
+    // In a pipeline that has not begun there is no actor to look at yet; its shape is that of `[model]`.
+    let spec = shape(&sources.actor).or_else(|error| match (&config.model, &config.tokenizer.train) {
+        (ModelConfig { path: Some(path), .. }, _) => shape(path),
+        (ModelConfig { new: Some(new), .. }, Some(train)) => Ok(new.spec(train.vocab_size)),
+        _ => Err(error),
+    })?;
     let tokens = ppo.tokens_per_micro_batch;
     let slots = SLOTS.min(ppo.samples_per_iteration());
     let memory = Memory::new()

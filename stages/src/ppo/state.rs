@@ -5,7 +5,7 @@ use tandem_engine::checkpoint::{load_ema, load_engine, save_ema, save_engine};
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
 use tandem_engine::train::{Ema, OptimizerConfig};
-use tandem_engine::{Engine, Train};
+use tandem_engine::{Engine, Model, Train};
 use tandem_store::{Published, Staging};
 
 use super::loss::PolicyStats;
@@ -101,6 +101,15 @@ mod bits {
 }
 
 impl Learner {
+    /// The model that comes out of the run: the average where one is kept, else the actor.
+    pub(super) fn trained(&self) -> Result<Model> {
+        let actor = self.actor.model();
+        Ok(match &self.ema {
+            Some(ema) => Model::from_parts(actor.spec().clone(), Head::Language, ema.units().to_vec())?,
+            None => actor.clone(),
+        })
+    }
+
     /// Writes weights and optimizer state.
     pub(super) fn save(&self, staging: &mut Staging) -> Result<()> {
         save_engine(&self.actor, ACTOR, staging)?;
