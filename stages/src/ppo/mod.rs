@@ -18,6 +18,7 @@ use std::time::Instant;
 use tandem_data::experience::ExperienceRow;
 use tandem_data::order::permutation;
 use tandem_engine::generate::CacheSize;
+use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::{Head, SCORE};
 use tandem_engine::train::Ema;
 use tandem_engine::{Engine, Model, Recompute};
@@ -198,7 +199,9 @@ fn plan(launch: &Launch, sources: &PpoModels) -> Result<Outcome> {
     let ppo = &launch.config.ppo;
     println!("{}", launch.plan_text()?);
     let config = &launch.config;
-    let shape = |source: &str| Ok(models::load_for(config, source, Head::Language)?.model.spec().clone());
+    let shape = |source: &str| -> Result<ModelSpec> {
+        Ok(models::load_for(config, source, Head::Language)?.model.spec().clone())
+    };
     // In a pipeline that has not begun there is no actor to look at yet; its shape is that of `[model]`.
     let spec = shape(&sources.actor).or_else(|error| match (&config.model, &config.tokenizer.train) {
         (ModelConfig { path: Some(path), .. }, _) => shape(path),

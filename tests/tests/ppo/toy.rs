@@ -12,21 +12,21 @@ use tandem_stages::ppo::advantage::{RewardShape, gae};
 use tandem_stages::ppo::rollout::{self, RolloutConfig, Sequence};
 use tandem_stages::ppo::update::{Learners, Lesson, UpdateConfig, UpdateOutcome, update};
 
-pub const VOCABULARY: usize = 16;
-pub const EOS: u32 = 0;
+pub(crate) const VOCABULARY: usize = 16;
+pub(crate) const EOS: u32 = 0;
 /// The token that the first task pays for.
-pub const A: u32 = 3;
-pub const MAX_RESPONSE: usize = 10;
+pub(crate) const A: u32 = 3;
+pub(crate) const MAX_RESPONSE: usize = 10;
 /// Pay of the tasks, and the price of a nat.
-pub const C: f64 = 3.0;
-pub const BETA: f64 = 0.1;
+pub(crate) const C: f64 = 3.0;
+pub(crate) const BETA: f64 = 0.1;
 const PROMPTS: usize = 240;
 const EPOCHS: usize = 2;
 const MINI_BATCHES: usize = 2;
 
 /// What a test changes about the procedure; the product has no such switches.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Variant {
+pub(crate) enum Variant {
     Correct,
     /// Rollouts take the most probable token.
     Greedy,
@@ -36,20 +36,18 @@ pub enum Variant {
 
 /// Means over the responses of one iteration.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Iteration {
-    pub score: f64,
+pub(crate) struct Iteration {
     /// `score − β · KL` to the initial policy.
-    pub objective: f64,
+    pub(crate) objective: f64,
     /// Its standard error.
-    pub standard_error: f64,
-    pub fraction_a: f64,
-    pub eos_rate: f64,
-    pub length: f64,
+    pub(crate) standard_error: f64,
+    pub(crate) fraction_a: f64,
+    pub(crate) eos_rate: f64,
     /// Largest ratio of new to old probability in the first update.
-    pub first_ratio_max: f64,
+    pub(crate) first_ratio_max: f64,
 }
 
-pub fn spec() -> ModelSpec {
+pub(crate) fn spec() -> ModelSpec {
     ModelSpec {
         family: Family::Llama,
         vocab_size: VOCABULARY,
@@ -78,13 +76,13 @@ pub fn spec() -> ModelSpec {
 }
 
 /// A random model whose head is zero: its policy is exactly uniform.
-pub fn uniform_policy(seed: u64) -> Model {
+pub(crate) fn uniform_policy(seed: u64) -> Model {
     let model = Model::initial(spec(), Head::Language, seed).unwrap();
     model.units()[0].get(HEAD).unwrap().zero_set().unwrap();
     model
 }
 
-pub fn optimizer(lr: f64) -> OptimizerConfig {
+pub(crate) fn optimizer(lr: f64) -> OptimizerConfig {
     OptimizerConfig {
         schedule: Schedule {
             kind: ScheduleKind::Constant,
@@ -101,7 +99,7 @@ pub fn optimizer(lr: f64) -> OptimizerConfig {
     }
 }
 
-pub fn update_config() -> UpdateConfig {
+pub(crate) fn update_config() -> UpdateConfig {
     UpdateConfig {
         policy_clip: 0.2,
         value_clip: 0.5,
@@ -113,27 +111,27 @@ pub fn update_config() -> UpdateConfig {
 }
 
 /// Actor, critic and reference of a toy run.
-pub struct Toy {
-    pub actor: Engine<Train>,
-    pub critic: Engine<Train>,
-    pub reference: Model,
-    pub seed: u64,
-    pub variant: Variant,
+pub(crate) struct Toy {
+    pub(crate) actor: Engine<Train>,
+    pub(crate) critic: Engine<Train>,
+    pub(crate) reference: Model,
+    pub(crate) seed: u64,
+    pub(crate) variant: Variant,
     score: fn(&Completion) -> f64,
 }
 
 /// Pays for every [`A`], as a share of the longest response.
-pub fn count_a(completion: &Completion) -> f64 {
+pub(crate) fn count_a(completion: &Completion) -> f64 {
     C * completion.ids.iter().filter(|&&id| id == A).count() as f64 / MAX_RESPONSE as f64
 }
 
 /// Pays for ending.
-pub fn ends(completion: &Completion) -> f64 {
+pub(crate) fn ends(completion: &Completion) -> f64 {
     if completion.finish == Finish::Stop { C } else { 0.0 }
 }
 
 impl Toy {
-    pub fn new(seed: u64, variant: Variant, score: fn(&Completion) -> f64) -> Self {
+    pub(crate) fn new(seed: u64, variant: Variant, score: fn(&Completion) -> f64) -> Self {
         let policy = uniform_policy(seed);
         Self {
             reference: policy.duplicate().unwrap(),
@@ -146,7 +144,7 @@ impl Toy {
     }
 
     /// Responses of iteration `step`, and what they teach.
-    pub fn explore(mut self, step: u64) -> (Self, Vec<Completion>, Vec<Lesson>) {
+    pub(crate) fn explore(mut self, step: u64) -> (Self, Vec<Completion>, Vec<Lesson>) {
         let prompts: Vec<Vec<u32>> = (0..PROMPTS as u32).map(|i| vec![1 + i % 15, 1 + (i / 15) % 15]).collect();
         let ids: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let sampling = match self.variant {
@@ -198,12 +196,12 @@ impl Toy {
     }
 
     /// One update on some lessons.
-    pub fn learn(&mut self, lessons: &[&Lesson], config: &UpdateConfig) -> UpdateOutcome {
+    pub(crate) fn learn(&mut self, lessons: &[&Lesson], config: &UpdateConfig) -> UpdateOutcome {
         update(&mut self.actor, &mut self.critic, lessons, Learners::Both, config).unwrap()
     }
 
     /// One whole iteration.
-    pub fn iterate(self, step: u64) -> (Self, Iteration) {
+    pub(crate) fn iterate(self, step: u64) -> (Self, Iteration) {
         let (mut toy, completions, lessons) = self.explore(step);
         let mut iteration = toy.figures(&completions);
         for epoch in 0..EPOCHS as u64 {
@@ -220,7 +218,7 @@ impl Toy {
     }
 
     /// Runs `iterations` iterations.
-    pub fn run(self, iterations: u64) -> Vec<Iteration> {
+    pub(crate) fn run(self, iterations: u64) -> Vec<Iteration> {
         let mut toy = self;
         let mut all = Vec::new();
         for step in 0..iterations {
@@ -242,12 +240,10 @@ impl Toy {
         let variance = mean(&|c| (objective_of(c) - objective).powi(2));
         let length = mean(&|c| c.ids.len() as f64);
         Iteration {
-            score: mean(&|c| (self.score)(c)),
             objective,
             standard_error: (variance / count).sqrt(),
             fraction_a: mean(&|c| c.ids.iter().filter(|&&id| id == A).count() as f64) / length,
             eos_rate: mean(&|c| f64::from(u8::from(c.finish == Finish::Stop))),
-            length,
             first_ratio_max: 0.0,
         }
     }
@@ -255,7 +251,7 @@ impl Toy {
 
 /// The largest `E[score − β KL]` that any policy reaches, by soft dynamic programming from the last token back:
 /// `v_t = β ln Σ_a p_0(a) exp((r_a + v_{t+1}) / β)`, with nothing to come after the end.
-pub fn optimum(pay_for_a: f64, pay_for_end: f64) -> f64 {
+pub(crate) fn optimum(pay_for_a: f64, pay_for_end: f64) -> f64 {
     let uniform = 1.0 / VOCABULARY as f64;
     let mut to_come = 0.0;
     for _ in 0..MAX_RESPONSE {
@@ -268,6 +264,6 @@ pub fn optimum(pay_for_a: f64, pay_for_end: f64) -> f64 {
 }
 
 /// All elements of a tensor.
-pub fn flat(tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
