@@ -333,7 +333,7 @@ fn metrics(
     let mut row = MetricsRow::new(state.iteration + 1);
     row.set(field::LOSS, per_token(totals.loss))
         .set(field::LR, totals.lr)
-        .set(field::GRAD_NORM, totals.grad_norm / state.update.max(1) as f64)
+        .set(field::GRAD_NORM, totals.grad_norm / totals.updates.max(1) as f64)
         .set(field::TOKENS, tokens as u64)
         .set(field::TOKENS_PER_S, tokens as f64 / elapsed_s.max(1e-9))
         .set(field::REWARD_MEAN, figures.score_mean)

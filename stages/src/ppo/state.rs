@@ -42,8 +42,8 @@ pub(super) struct PpoState {
 /// Sums over the updates of one iteration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Totals {
-    /// Updates that moved the models.
-    pub(super) applied: u64,
+    /// Updates made; fewer than planned where the iteration was cut short.
+    pub(super) updates: u64,
     #[serde(with = "bits")]
     pub(super) tokens: f64,
     #[serde(with = "bits")]
@@ -71,7 +71,7 @@ impl Totals {
     /// Takes in the outcome of update number `update` of the iteration.
     pub(super) fn add(&mut self, update: u64, outcome: &UpdateOutcome) {
         let PolicyStats { tokens, loss, entropy, clipped, approx_kl, ratio_max, logp_gap_max } = outcome.policy;
-        self.applied += u64::from(outcome.applied);
+        self.updates += 1;
         self.tokens += tokens;
         self.loss += loss;
         self.entropy += entropy;
