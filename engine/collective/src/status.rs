@@ -14,6 +14,18 @@ pub enum Status {
     Failed,
 }
 
+impl Status {
+    /// A number for the wire; a worse status has a greater one.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// The status of a [`Self::code`]. An unknown code is [`Self::Failed`]: whoever sent it does not speak as we do.
+    pub fn from_code(code: u8) -> Self {
+        [Self::Healthy, Self::SkipStep, Self::Stop].get(usize::from(code)).copied().unwrap_or(Self::Failed)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -23,5 +35,13 @@ mod tests {
         assert!(Status::Healthy < Status::SkipStep);
         assert!(Status::SkipStep < Status::Stop);
         assert!(Status::Stop < Status::Failed);
+    }
+
+    #[test]
+    fn codes_come_back() {
+        for status in [Status::Healthy, Status::SkipStep, Status::Stop, Status::Failed] {
+            assert_eq!(Status::from_code(status.code()), status);
+        }
+        assert_eq!(Status::from_code(200), Status::Failed);
     }
 }
