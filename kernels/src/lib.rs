@@ -20,6 +20,7 @@ pub mod rng;
 pub mod rope;
 pub mod sample;
 mod simd;
+pub mod slice;
 mod view;
 
 pub use error::{Error, Result};

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{assert_close, bits, flat, rows, tensor, with_threads, zeros};
-use tandem_kernels::dropout::dropout;
+use tandem_kernels::dropout::{dropout, dropout_columns};
 use tandem_kernels::rng::{Philox, Purpose};
 
 #[test]
@@ -22,6 +22,21 @@ fn dropout_is_a_pure_function_of_the_address() {
     let other = Philox::new(1, Purpose::Dropout, 6);
     assert_ne!(bits(&dropout(&x, 0.3, &other, 2, &addresses).unwrap()), bits(&y));
     assert_ne!(rows(&y)[0], rows(&y)[7]);
+}
+
+#[test]
+fn columns_have_the_mask_of_the_whole_row() {
+    let philox = Philox::new(3, Purpose::Dropout, 1);
+    let addresses: Vec<(u64, u32)> = (0..9).map(|t| (t, 4)).collect();
+    let whole = dropout(&tensor(&[1.0; 9 * 29], &[9, 29]), 0.4, &philox, 5, &addresses).unwrap();
+    for (first, width) in [(0, 29), (4, 8), (5, 2), (6, 23), (7, 1), (29, 0)] {
+        let part = tensor(&vec![1.0; 9 * width], &[9, width]);
+        let part = dropout_columns(&part, first, 0.4, &philox, 5, &addresses).unwrap();
+        let expected = whole.narrow(1, first, width).unwrap().contiguous().unwrap();
+        assert_eq!(bits(&part), bits(&expected), "{width} columns from {first}");
+    }
+    let error = dropout_columns(&zeros(&[9, 2]), (4 << 16) - 1, 0.4, &philox, 5, &addresses);
+    assert!(error.is_err(), "the whole row is too wide");
 }
 
 #[test]

@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::{bits, flat, random, rows, with_threads};
+use candle_core::Tensor;
+use common::{bits, flat, random, rows, with_threads, zeros};
 use tandem_kernels::Error;
-use tandem_kernels::embedding::{add_rows, embedding, embedding_backward};
+use tandem_kernels::embedding::{add_rows, embedding, embedding_backward, embedding_shard, embedding_shard_backward};
 
 #[test]
 fn gathers_rows() {
@@ -20,25 +21,74 @@ fn gathers_rows() {
     assert_eq!(embedding(&random(&[11, 4], 1), &[]).unwrap().dims(), [0, 4]);
 }
 
+/// Ids that repeat, some often, some once, and some of 50 never.
+fn repeated_ids(tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|t| (t * t * 7 + 3) % 41).collect()
+}
+
 #[test]
-fn scatter_adds_in_token_order() {
-    let (vocabulary, width, tokens) = (50, 9, 400);
-    let ids: Vec<u32> = (0..tokens as u32).map(|t| (t * t * 7 + 3) % 41).collect();
-    let (dy, start) = (random(&[tokens, width], 2), random(&[vocabulary, width], 3));
-    let run = |threads| {
-        let dtable = start.copy().unwrap();
-        with_threads(threads, || embedding_backward(&dy, &ids, &dtable)).unwrap();
-        dtable
-    };
-    let got = run(1);
-    assert_eq!(bits(&got), bits(&run(3)));
-    let mut want = rows(&start);
-    for (id, dy) in ids.iter().zip(rows(&dy)) {
-        for (want, dy) in want[*id as usize].iter_mut().zip(dy) {
-            *want += dy;
+fn scatter_adds_the_sum_in_token_order() {
+    for width in [1, 9, 64, 130] {
+        let (vocabulary, tokens) = (50, 400);
+        let ids = repeated_ids(tokens as u32);
+        let (dy, start) = (random(&[tokens, width], 2), random(&[vocabulary, width], 3));
+        let run = |threads| {
+            let dtable = start.copy().unwrap();
+            with_threads(threads, || embedding_backward(&dy, &ids, &dtable)).unwrap();
+            dtable
+        };
+        let got = run(1);
+        assert_eq!(bits(&got), bits(&run(3)));
+        let mut sums = vec![vec![0f32; width]; vocabulary];
+        for (id, dy) in ids.iter().zip(rows(&dy)) {
+            for (sum, dy) in sums[*id as usize].iter_mut().zip(dy) {
+                *sum += dy;
+            }
         }
+        let want: Vec<f32> = flat(&start).iter().zip(sums.concat()).map(|(start, sum)| start + sum).collect();
+        assert_eq!(flat(&got), want);
     }
-    assert_eq!(flat(&got), want.concat());
+}
+
+/// Two gradients in tables of their own, added later, have the bits of one table: the other term may be any table.
+#[test]
+fn partial_tables_add_up_to_one() {
+    let (ids, dy, start) = (repeated_ids(300), random(&[300, 7], 4), random(&[50, 7], 5));
+    let one = start.copy().unwrap();
+    embedding_backward(&dy, &ids, &one).unwrap();
+    let apart = zeros(&[50, 7]);
+    embedding_backward(&dy, &ids, &apart).unwrap();
+    assert_eq!(bits(&one), bits(&(start + apart).unwrap()));
+}
+
+#[test]
+fn shards_look_up_and_scatter_their_own_rows() {
+    let (vocabulary, width) = (50, 9);
+    let ids = repeated_ids(300);
+    let (table, dy, start) =
+        (random(&[vocabulary, width], 1), random(&[300, width], 2), random(&[vocabulary, width], 3));
+    let whole = embedding(&table, &ids).unwrap();
+    let want = start.copy().unwrap();
+    embedding_backward(&dy, &ids, &want).unwrap();
+    for cuts in [vec![0, 50], vec![0, 16, 50], vec![0, 0, 16, 32, 50, 50]] {
+        let (mut sum, mut gradients) = (zeros(&[300, width]), Vec::new());
+        for range in cuts.windows(2) {
+            let part = |t: &Tensor| t.narrow(0, range[0], range[1] - range[0]).unwrap().copy().unwrap();
+            let y = embedding_shard(&part(&table), range[0], &ids).unwrap();
+            for (id, row) in ids.iter().zip(rows(&y)) {
+                let inside = (range[0]..range[1]).contains(&(*id as usize));
+                assert!(inside || row.iter().all(|&value| value == 0.0), "{cuts:?}");
+            }
+            sum = (sum + y).unwrap();
+            let dtable = part(&start);
+            embedding_shard_backward(&dy, &ids, range[0], &dtable).unwrap();
+            gradients.extend(bits(&dtable));
+        }
+        assert_eq!(bits(&sum), bits(&whole), "{cuts:?}");
+        assert_eq!(gradients, bits(&want), "{cuts:?}");
+    }
+    assert!(embedding_shard(&random(&[4], 1), 0, &ids).is_err());
+    assert!(embedding_shard_backward(&dy, &ids[1..], 0, &start).is_err());
 }
 
 #[test]

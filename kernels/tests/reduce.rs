@@ -4,7 +4,10 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::with_threads;
-use tandem_kernels::reduce::{all_finite, first_non_finite, max_abs, sum, sum_squares};
+use tandem_kernels::reduce::{
+    BLOCK, add_slice, all_finite, block_sum_squares, first_non_finite, max_abs, pairwise_sum, scale_slice, sum,
+    sum_squares,
+};
 use tandem_kernels::rng::{Philox, Purpose};
 
 const LENGTHS: [usize; 9] = [0, 1, 15, 16, 17, 4095, 4096, 4097, 100_003];
@@ -61,6 +64,51 @@ fn threads_do_not_matter() {
     let t = tensor(&values(100_003));
     let on = |threads| with_threads(threads, || (sum(&t).unwrap().to_bits(), sum_squares(&t).unwrap().to_bits()));
     assert_eq!(on(1), on(3));
+}
+
+/// Blocks hold the plain sums of their elements, in the order written out here, whoever computes which run of blocks.
+#[test]
+fn block_sums_do_not_depend_on_cuts() {
+    for len in LENGTHS {
+        let x = values(len);
+        let mut whole = vec![7.0];
+        block_sum_squares(&x, &mut whole);
+        assert_eq!((whole.len(), whole[0]), (1 + len.div_ceil(BLOCK), 7.0), "sums are appended");
+        whole.remove(0);
+        for (block, sum) in x.chunks(BLOCK).zip(&whole) {
+            let mut lanes = [0f64; 16];
+            for (index, &value) in block.iter().enumerate() {
+                lanes[index % 16] += f64::from(value) * f64::from(value);
+            }
+            for width in [8, 4, 2, 1] {
+                // The tree over 16 lanes: halves first to last, joined pairwise from the leaves up.
+                lanes = std::array::from_fn(|i| if i < width { lanes[2 * i] + lanes[2 * i + 1] } else { 0.0 });
+            }
+            assert_eq!(sum.to_bits(), lanes[0].to_bits());
+        }
+        let (mut parts, cut) = (Vec::new(), (len / 2).next_multiple_of(BLOCK).min(len));
+        with_threads(3, || {
+            block_sum_squares(&x[..cut], &mut parts);
+            block_sum_squares(&x[cut..], &mut parts);
+        });
+        assert_eq!(parts, whole);
+        let plain: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        assert!((pairwise_sum(&whole) - plain).abs() <= 1e-13 * plain, "squares of {len}");
+    }
+}
+
+#[test]
+fn slices_are_added_and_scaled() {
+    let (start, term) = (values(40_001), values(40_001).into_iter().rev().collect::<Vec<_>>());
+    let mut target = start.clone();
+    add_slice(&mut target, &term).unwrap();
+    scale_slice(&mut target, 0.3);
+    for ((got, start), term) in target.iter().zip(&start).zip(&term) {
+        let want = (f64::from(*start) + f64::from(*term)) * f64::from(0.3f32);
+        assert!((f64::from(*got) - want).abs() <= 2e-7 * (want.abs() + start.abs() as f64), "{got} {want}");
+    }
+    let message = add_slice(&mut target, &term[1..]).unwrap_err().to_string();
+    assert_eq!(message, "add_slice: term must be [40001], got [40000]");
 }
 
 #[test]

@@ -22,6 +22,22 @@ const MAX_WIDTH: usize = 4 << 16;
 /// # Errors
 /// If `p` is not in `[0, 1)`, d exceeds 262144, or a shape, dtype or device does not fit.
 pub fn dropout(x: &Tensor, p: f32, philox: &Philox, site: u16, rows: &[(u64, u32)]) -> Result<Tensor> {
+    dropout_columns(x, 0, p, philox, site, rows)
+}
+
+/// What [`dropout`] makes of the columns `first_column..first_column + d` of wider rows: the mask of a rank that holds no
+/// others.
+///
+/// # Errors
+/// As [`dropout`], of the wider rows.
+pub fn dropout_columns(
+    x: &Tensor,
+    first_column: usize,
+    p: f32,
+    philox: &Philox,
+    site: u16,
+    rows: &[(u64, u32)],
+) -> Result<Tensor> {
     const OP: &str = "dropout";
     let &[tokens, width] = x.dims() else {
         return Err(Error::shape(OP, "x", "[T, d]", x.dims()));
@@ -29,8 +45,9 @@ pub fn dropout(x: &Tensor, p: f32, philox: &Philox, site: u16, rows: &[(u64, u32
     if rows.len() != tokens {
         return Err(Error::shape(OP, "number of row addresses", tokens, rows.len()));
     }
-    if width > MAX_WIDTH {
-        return Err(Error::shape(OP, "width", format!("at most {MAX_WIDTH}"), width));
+    let end = first_column.saturating_add(width);
+    if end > MAX_WIDTH {
+        return Err(Error::shape(OP, "width", format!("at most {MAX_WIDTH}"), end));
     }
     if !(0.0..1.0).contains(&p) {
         return Err(Error::shape(OP, "p", "in [0, 1)", p));
@@ -39,6 +56,6 @@ pub fn dropout(x: &Tensor, p: f32, philox: &Philox, site: u16, rows: &[(u64, u32
         return Ok(x.clone());
     }
     let mut y = vec![0.0; tokens * width];
-    cpu::dropout(&view(OP, x)?, width, p, philox, site, rows, &mut y);
+    cpu::dropout(&view(OP, x)?, width, first_column, p, philox, site, rows, &mut y);
     tensor(y, (tokens, width))
 }

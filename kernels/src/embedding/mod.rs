@@ -1,6 +1,10 @@
 //! Rows of a table, looked up by id: token embedding and learned positions.
 //!
-//! `y[t] = table[ids[t]]`, and backward `dtable[id] += Σ dy[t]` over the tokens with that id, in order of `t`.
+//! `y[t] = table[ids[t]]`, and backward `dtable[id] += Σ dy[t]` over the tokens with that id. The sum starts from zero, runs
+//! in order of `t` and is added once: so adding two gradients, each into a table of its own, and then the tables gives the
+//! bits of adding both into one.
+//!
+//! A table may be cut into shards of consecutive rows. Of a token's rows in all shards only one is not zero.
 
 use candle_core::Tensor;
 
@@ -35,16 +39,62 @@ pub fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
 
 /// Backward of [`embedding`] and of [`add_rows`]: adds `dy [T, d]` to the rows `ids` of `dtable [V, d]`, in place.
 ///
-/// Tokens that share an id are added in order of `t`.
+/// Tokens that share an id are summed from zero in order of `t`, and the sum is added to the row once.
 ///
 /// # Errors
 /// [`Error::Index`] if an id is V or more; else if a shape, dtype or device does not fit.
 pub fn embedding_backward(dy: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
     const OP: &str = "embedding_backward";
     let width = check(OP, "token id", dtable, ids)?;
-    check_dims(OP, "dy", &[ids.len(), width], dy.dims())?;
-    let dy = view(OP, dy)?;
-    view_mut(OP, dtable, |dtable| cpu::scatter_add(&dy, width, ids, dtable))
+    scatter_add(OP, dy, width, ids, 0, dtable)
+}
+
+fn scatter_add(
+    op: &'static str,
+    dy: &Tensor,
+    width: usize,
+    ids: &[u32],
+    first_entry: usize,
+    dtable: &Tensor,
+) -> Result<()> {
+    check_dims(op, "dy", &[ids.len(), width], dy.dims())?;
+    let dy = view(op, dy)?;
+    view_mut(op, dtable, |dtable| cpu::scatter_add(&dy, width, ids, first_entry, dtable))
+}
+
+/// One shard's part of [`embedding`]: `[T, d]`, with the rows of ids outside the shard zero.
+///
+/// `table_shard`: `[V_shard, d]`, the rows of the ids from `first_entry` on, of which there may be none. The sum over all
+/// shards, in any order, is the row of the table (a −0 becomes 0 if there is more than one shard). Whoever holds the
+/// whole table checks the ids: an id in no shard gives a row of zeros.
+///
+/// # Errors
+/// If the shape, dtype or device does not fit.
+pub fn embedding_shard(table_shard: &Tensor, first_entry: usize, ids: &[u32]) -> Result<Tensor> {
+    const OP: &str = "embedding_shard";
+    let width = shard_width(OP, table_shard)?;
+    let mut y = vec![0.0; ids.len() * width];
+    cpu::gather_shard(&view(OP, table_shard)?, first_entry, width, ids, &mut y);
+    tensor(y, (ids.len(), width))
+}
+
+/// Backward of [`embedding_shard`]: adds the rows of `dy [T, d]` whose ids lie in the shard to `dtable_shard`, in place.
+///
+/// The bits are those of the same rows of [`embedding_backward`].
+///
+/// # Errors
+/// If a shape, dtype or device does not fit.
+pub fn embedding_shard_backward(dy: &Tensor, ids: &[u32], first_entry: usize, dtable_shard: &Tensor) -> Result<()> {
+    const OP: &str = "embedding_shard_backward";
+    let width = shard_width(OP, dtable_shard)?;
+    scatter_add(OP, dy, width, ids, first_entry, dtable_shard)
+}
+
+fn shard_width(op: &'static str, shard: &Tensor) -> Result<usize> {
+    match shard.dims() {
+        &[_, width] => Ok(width),
+        dims => Err(Error::shape(op, "table", "[V, d]", dims)),
+    }
 }
 
 /// `x[t] += table[positions[t]]` in place, for `x [T, d]` and `table [max_positions, d]`: learned positions.

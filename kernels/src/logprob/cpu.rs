@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::row::{BLOCK, Partial};
+use super::row::{BLOCK, HeadPartial};
 use crate::gemm::{Gemm, gemm};
 use crate::math::exp;
 use crate::simd::{fma, simd_fn};
@@ -16,21 +16,16 @@ const TILE_COLUMNS: usize = 4 * BLOCK;
 /// Entries of the bias gradient that one task sums.
 const BIAS_COLUMNS: usize = 256;
 
-/// The weights of a head.
+/// The weights of a head, or of the `V` entries of it that make a shard.
 pub(super) struct Head<'a> {
     /// `[V, width]`.
     pub(super) w: &'a [f32],
     /// `[V]`.
     pub(super) bias: Option<&'a [f32]>,
+    /// The entry that the first row of `w` stands for.
+    pub(super) first_entry: usize,
     pub(super) inv_temperature: f32,
     pub(super) width: usize,
-}
-
-/// What forward computes for each row.
-pub(super) struct RowOutputs {
-    pub(super) logp: Vec<f32>,
-    pub(super) entropy: Vec<f32>,
-    pub(super) lse: Vec<f32>,
 }
 
 /// What backward needs of each row; all of one length.
@@ -58,9 +53,17 @@ impl Head<'_> {
         &self.w[columns.start * self.width..columns.end * self.width]
     }
 
+    /// `label`'s place in a tile that holds `columns`, if it is there.
+    fn column_of(&self, label: u32, columns: &Range<usize>) -> Option<usize> {
+        (label as usize).checked_sub(self.first_entry + columns.start).filter(|&column| column < columns.len())
+    }
+
     /// The logits of all rows of `h` for some entries, `[rows, columns]`: the bits of [`crate::gemm::linear`].
     pub(super) fn tile(&self, h: &[f32], columns: Range<usize>, out: &mut [f32]) {
         let (rows, width) = (h.len() / self.width, columns.len());
+        if width == 0 {
+            return;
+        }
         if let Some(bias) = self.bias {
             out.chunks_mut(width).for_each(|row| row.copy_from_slice(&bias[columns.clone()]));
         }
@@ -96,41 +99,34 @@ fn scale(row: &mut [f32], factor: f32) {
     }
 }
 
-/// `label`'s place in a tile that holds `columns`, if it is there.
-fn column_of(label: u32, columns: &Range<usize>) -> Option<usize> {
-    columns.contains(&(label as usize)).then(|| label as usize - columns.start)
-}
-
-pub(super) fn forward(head: &Head, h: &[f32], labels: &[u32]) -> RowOutputs {
-    let rows = labels.len();
-    let mut outputs =
-        RowOutputs { logp: Vec::with_capacity(rows), entropy: Vec::with_capacity(rows), lse: Vec::with_capacity(rows) };
-    let mut tile = vec![0.0; rows.min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
-    for (h, labels) in h.chunks(TILE_ROWS * head.width).zip(labels.chunks(TILE_ROWS)) {
-        let mut partials = vec![(Partial::EMPTY, f32::NAN); labels.len()];
+pub(super) fn forward(head: &Head, h: &[f32], labels: &[u32]) -> Vec<HeadPartial> {
+    let mut partials = vec![HeadPartial::EMPTY; labels.len()];
+    let mut tile = vec![0.0; labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
+    let chunks = labels.chunks(TILE_ROWS).zip(partials.chunks_mut(TILE_ROWS));
+    for (h, (labels, partials)) in h.chunks(TILE_ROWS * head.width).zip(chunks) {
         for columns in head.tiles() {
             let tile = &mut tile[..labels.len() * columns.len()];
             head.tile(h, columns.clone(), tile);
             let rows = tile.par_chunks(columns.len()).zip(labels);
-            partials.par_iter_mut().zip(rows).for_each(|((seen, label_logit), (logits, &label))| {
+            partials.par_iter_mut().zip(rows).for_each(|(seen, (logits, &label))| {
                 *seen = seen.extend(logits);
-                if let Some(column) = column_of(label, &columns) {
-                    *label_logit = logits[column];
+                if let Some(column) = head.column_of(label, &columns) {
+                    seen.label_logit = logits[column];
                 }
             });
         }
-        for (seen, label_logit) in partials {
-            let stats = seen.finish();
-            outputs.logp.push(stats.log_prob(label_logit));
-            outputs.entropy.push(stats.entropy);
-            outputs.lse.push(stats.lse);
-        }
     }
-    outputs
+    partials
 }
 
-/// Returns dh; adds to `dw` and, if it is not empty, to `column_sums`, the gradient of the bias.
-pub(super) fn backward(head: &Head, h: &[f32], rows: &RowGrads, dw: &mut [f32], column_sums: &mut [f32]) -> Vec<f32> {
+/// Returns dh; adds to `dw`, if there is one, and, if it is not empty, to `column_sums`, the gradient of the bias.
+pub(super) fn backward(
+    head: &Head,
+    h: &[f32],
+    rows: &RowGrads,
+    mut dw: Option<&mut [f32]>,
+    column_sums: &mut [f32],
+) -> Vec<f32> {
     let width = head.width;
     let mut dh = vec![0.0; h.len()];
     let mut tile = vec![0.0; rows.labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
@@ -140,22 +136,24 @@ pub(super) fn backward(head: &Head, h: &[f32], rows: &RowGrads, dw: &mut [f32], 
             let tile = &mut tile[..count * columns.len()];
             head.tile(h, columns.clone(), tile);
             tile.par_chunks_mut(columns.len()).enumerate().for_each(|(offset, logits)| {
-                rows.logit_grads(first + offset, head.inv_temperature, &columns, logits);
+                rows.logit_grads(first + offset, head, &columns, logits);
             });
-            gemm(Gemm {
-                m: columns.len(),
-                n: width,
-                k: count,
-                a: tile,
-                a_row_stride: 1,
-                a_col_stride: columns.len(),
-                b: h,
-                b_row_stride: width,
-                b_col_stride: 1,
-                c: &mut dw[columns.start * width..columns.end * width],
-                c_row_stride: width,
-                accumulate: true,
-            });
+            if let Some(dw) = dw.as_deref_mut() {
+                gemm(Gemm {
+                    m: columns.len(),
+                    n: width,
+                    k: count,
+                    a: tile,
+                    a_row_stride: 1,
+                    a_col_stride: columns.len(),
+                    b: h,
+                    b_row_stride: width,
+                    b_col_stride: 1,
+                    c: &mut dw[columns.start * width..columns.end * width],
+                    c_row_stride: width,
+                    accumulate: true,
+                });
+            }
             gemm(Gemm {
                 m: count,
                 n: width,
@@ -180,11 +178,11 @@ pub(super) fn backward(head: &Head, h: &[f32], rows: &RowGrads, dw: &mut [f32], 
 
 impl RowGrads<'_> {
     /// Turns the logits of `row` for some entries into their gradients.
-    fn logit_grads(&self, row: usize, inv_temperature: f32, columns: &Range<usize>, logits: &mut [f32]) {
-        let dlogp = self.dlogp[row] * inv_temperature;
-        let dentropy = self.dentropy.map_or(0.0, |dentropy| dentropy[row] * inv_temperature);
+    fn logit_grads(&self, row: usize, head: &Head, columns: &Range<usize>, logits: &mut [f32]) {
+        let dlogp = self.dlogp[row] * head.inv_temperature;
+        let dentropy = self.dentropy.map_or(0.0, |dentropy| dentropy[row] * head.inv_temperature);
         softmax_grads(logits, self.lse[row], self.entropy[row], dlogp, dentropy);
-        if let Some(column) = column_of(self.labels[row], columns) {
+        if let Some(column) = head.column_of(self.labels[row], columns) {
             logits[column] += dlogp;
         }
     }

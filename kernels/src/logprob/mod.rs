@@ -11,16 +11,22 @@
 //! Gimelshein ("Online normalizer calculation for softmax", 2018), so a row's result depends on the row alone.
 //! [`logits`] with [`row_stats`] takes the same steps on a stored row and gives the same bits: what a sampler records is
 //! what training computes.
+//!
+//! A vocabulary may be cut into shards at multiples of [`BLOCK`] entries, on one rank or many: [`head_partials`] of each
+//! shard, [`HeadPartial::merge`] in order of entries and [`head_finish`] make a row's result, which depends on the cuts
+//! but not on who holds what. One shard takes the steps of [`head_logprob`], and gives its bits.
 
 mod cpu;
 mod row;
+mod shard;
 
 use candle_core::Tensor;
 
-pub use row::{RowStats, row_stats};
+pub use row::{BLOCK, HeadPartial, RowStats, row_partial, row_stats};
+pub use shard::{head_finish, head_partials, head_shard_backward, head_shard_input_grad};
 
 use crate::error::check_dims;
-use crate::view::{tensor, view, view_mut};
+use crate::view::{tensor, view};
 use crate::{Error, Result};
 
 /// What [`head_logprob`] computes for `N` rows; its backward needs it again.
@@ -47,18 +53,8 @@ pub fn head_logprob(
     inv_temperature: f32,
 ) -> Result<HeadOut> {
     const OP: &str = "head_logprob";
-    let shape = check(OP, h, w, bias)?;
-    check_labels(OP, labels, &shape)?;
-    let (h, w) = (view(OP, h)?, view(OP, w)?);
-    let bias = bias.map(|bias| view(OP, bias)).transpose()?;
-    let head = cpu::Head { w: &w, bias: bias.as_deref(), inv_temperature, width: shape.width };
-    let rows = cpu::forward(&head, &h, labels);
-    Ok(HeadOut {
-        logp: tensor(rows.logp, shape.rows)?,
-        entropy: tensor(rows.entropy, shape.rows)?,
-        lse: tensor(rows.lse, shape.rows)?,
-        inv_temperature,
-    })
+    check_labels(OP, labels, &check_whole(OP, h, w, bias)?)?;
+    shard::finish(OP, &shard::partials(OP, h, w, bias, 0, labels, inv_temperature)?, inv_temperature)
 }
 
 /// The backward of [`head_logprob`]: returns the gradient of `h`, `[N, d]`, and adds those of `w` and `bias` in place.
@@ -83,45 +79,20 @@ pub fn head_logprob_backward(
     dbias: Option<&Tensor>,
 ) -> Result<Tensor> {
     const OP: &str = "head_logprob_backward";
-    let shape = check(OP, h, w, bias)?;
-    check_labels(OP, labels, &shape)?;
-    check_dims(OP, "dlogp", &[shape.rows], dlogp.dims())?;
-    check_dims(OP, "lse", &[shape.rows], out.lse.dims())?;
-    check_dims(OP, "dw", &[shape.vocabulary, shape.width], dw.dims())?;
-    if let Some(dentropy) = dentropy {
-        check_dims(OP, "dentropy", &[shape.rows], dentropy.dims())?;
-    }
-    if let Some(dbias) = dbias {
-        check_dims(OP, "dbias", &[shape.vocabulary], dbias.dims())?;
-    }
-    let (h, w) = (view(OP, h)?, view(OP, w)?);
-    let bias = bias.map(|bias| view(OP, bias)).transpose()?;
-    let (dlogp, lse, entropy) = (view(OP, dlogp)?, view(OP, &out.lse)?, view(OP, &out.entropy)?);
-    let dentropy = dentropy.map(|dentropy| view(OP, dentropy)).transpose()?;
-    let head = cpu::Head { w: &w, bias: bias.as_deref(), inv_temperature: out.inv_temperature, width: shape.width };
-    let rows = cpu::RowGrads { labels, lse: &lse, entropy: &entropy, dlogp: &dlogp, dentropy: dentropy.as_deref() };
-    // A separate buffer: `dw` and `dbias` may share a storage, which can be locked for writing only once.
-    let mut column_sums = vec![0.0; if dbias.is_some() { shape.vocabulary } else { 0 }];
-    let dh = view_mut(OP, dw, |dw| cpu::backward(&head, &h, &rows, dw, &mut column_sums))?;
-    if let Some(dbias) = dbias {
-        view_mut(OP, dbias, |dbias| {
-            for (total, term) in dbias.iter_mut().zip(&column_sums) {
-                *total += term;
-            }
-        })?;
-    }
-    tensor(dh, (shape.rows, shape.width))
+    check_labels(OP, labels, &check_whole(OP, h, w, bias)?)?;
+    shard::backward(OP, dlogp, dentropy, h, w, bias, 0, labels, out, Some(dw), dbias)
 }
 
 /// The logits `h · wᵀ + bias` of few rows, `[N, V]`, at temperature 1: for choosing the next token.
 ///
-/// `h`: `[N, d]`, `w`: `[V, d]`, `bias`: `[V]`. [`row_stats`] of a row gives the bits of [`head_logprob`].
+/// `h`: `[N, d]`, `w`: `[V, d]`, `bias`: `[V]`; of a shard, its own entries only. [`row_stats`] of a row gives the bits of
+/// [`head_logprob`], [`row_partial`] of a shard's row those of [`head_partials`].
 pub fn logits(h: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "logits";
     let shape = check(OP, h, w, bias)?;
     let (h, w) = (view(OP, h)?, view(OP, w)?);
     let bias = bias.map(|bias| view(OP, bias)).transpose()?;
-    let head = cpu::Head { w: &w, bias: bias.as_deref(), inv_temperature: 1.0, width: shape.width };
+    let head = cpu::Head { w: &w, bias: bias.as_deref(), first_entry: 0, inv_temperature: 1.0, width: shape.width };
     let mut out = vec![0.0; shape.rows * shape.vocabulary];
     head.tile(&h, 0..shape.vocabulary, &mut out);
     tensor(out, (shape.rows, shape.vocabulary))
@@ -138,18 +109,24 @@ fn check(op: &'static str, h: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Res
     let (&[rows, width], &[vocabulary, w_width]) = (h.dims(), w.dims()) else {
         return Err(Error::shape(op, "h and w", "[N, d] and [V, d]", (h.dims(), w.dims())));
     };
-    if width != w_width || vocabulary == 0 || width == 0 {
-        return Err(Error::Shape {
-            op,
-            what: "w",
-            expected: format!("[V, {width}] with neither size 0"),
-            got: format!("{:?}", w.dims()),
-        });
+    if width != w_width || width == 0 {
+        return Err(width_error(op, width, w));
     }
     if let Some(bias) = bias {
         check_dims(op, "bias", &[vocabulary], bias.dims())?;
     }
     Ok(HeadShape { rows, width, vocabulary })
+}
+
+/// [`check`], refusing a vocabulary without entries: only a shard may have none.
+fn check_whole(op: &'static str, h: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<HeadShape> {
+    let shape = check(op, h, w, bias)?;
+    if shape.vocabulary == 0 { Err(width_error(op, shape.width, w)) } else { Ok(shape) }
+}
+
+fn width_error(op: &'static str, width: usize, w: &Tensor) -> Error {
+    let expected = format!("[V, {width}] with neither size 0");
+    Error::Shape { op, what: "w", expected, got: format!("{:?}", w.dims()) }
 }
 
 fn check_labels(op: &'static str, labels: &[u32], shape: &HeadShape) -> Result<()> {

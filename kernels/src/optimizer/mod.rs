@@ -1,6 +1,11 @@
-//! Parameter updates over flat f32 buffers: AdamW and the moving average of weights, each one pass over memory.
+//! Parameter updates over flat f32 buffers: AdamW, sign descent and the moving average of weights, each one pass over
+//! memory; in [`onebit`] the pieces of the Adams that send one bit per element.
+//!
+//! The functions on slices are what the others call. An element's result depends on that element alone, so a buffer
+//! may be cut over ranks anywhere.
 
 mod cpu;
+pub mod onebit;
 
 use candle_core::Tensor;
 
@@ -50,16 +55,40 @@ pub fn adamw_step(
     config: &AdamWConfig,
 ) -> Result<()> {
     const OP: &str = "adamw_step";
-    if step == 0 {
-        return Err(Error::Value { op: OP, what: "step", expected: "at least 1", got: 0.0 });
-    }
     check_dims(OP, "grad", param.dims(), grad.dims())?;
     check_dims(OP, "m", param.dims(), m.dims())?;
     check_dims(OP, "v", param.dims(), v.dims())?;
     check_distinct(OP, &[("param", param), ("grad", grad), ("m", m), ("v", v)])?;
-    let factors = cpu::Factors::new(lr, weight_decay, step, grad_scale, config);
     let grad = view(OP, grad)?;
-    view_mut(OP, param, |param| view_mut(OP, m, |m| view_mut(OP, v, |v| cpu::adamw(param, &grad, m, v, &factors))))???;
+    let update = |param: &mut [f32], m: &mut [f32], v: &mut [f32]| {
+        adamw_slice(param, &grad, m, v, lr, weight_decay, step, grad_scale, config)
+    };
+    view_mut(OP, param, |param| view_mut(OP, m, |m| view_mut(OP, v, |v| update(param, m, v))))???
+}
+
+/// [`adamw_step`] on slices of one length.
+///
+/// # Errors
+/// [`Error::Value`] if `step` is 0, [`Error::Shape`] if the lengths differ; nothing is changed then.
+pub fn adamw_slice(
+    param: &mut [f32],
+    grad: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    lr: f64,
+    weight_decay: f64,
+    step: u64,
+    grad_scale: f32,
+    config: &AdamWConfig,
+) -> Result<()> {
+    const OP: &str = "adamw_slice";
+    if step == 0 {
+        return Err(Error::Value { op: OP, what: "step", expected: "at least 1", got: 0.0 });
+    }
+    check_len(OP, "grad", param, grad)?;
+    check_len(OP, "m", param, m)?;
+    check_len(OP, "v", param, v)?;
+    cpu::adamw(param, grad, m, v, &cpu::Factors::new(lr, weight_decay, step, grad_scale, config));
     Ok(())
 }
 
@@ -71,7 +100,33 @@ pub fn ema_update(target: &Tensor, source: &Tensor, decay: f64) -> Result<()> {
     check_dims(OP, "source", target.dims(), source.dims())?;
     check_distinct(OP, &[("target", target), ("source", source)])?;
     let source = view(OP, source)?;
-    view_mut(OP, target, |target| cpu::ema(target, &source, (1.0 - decay) as f32))
+    view_mut(OP, target, |target| ema_slice(target, &source, decay))?
+}
+
+/// [`ema_update`] on slices of one length.
+///
+/// # Errors
+/// [`Error::Shape`] if the lengths differ.
+pub fn ema_slice(target: &mut [f32], source: &[f32], decay: f64) -> Result<()> {
+    check_len("ema_slice", "source", target, source)?;
+    cpu::ema(target, source, (1.0 - decay) as f32);
+    Ok(())
+}
+
+/// Sign descent: `p ← p · (1 − lr · weight_decay) − lr · sign` (signSGD, Bernstein et al., ICML 2018, with decoupled decay).
+///
+/// `sign` is the direction as it was decided, elements of −1, 0 or 1: the sign of a gradient, of a momentum, or of a vote.
+///
+/// # Errors
+/// [`Error::Shape`] if the lengths differ.
+pub fn sign_sgd_slice(param: &mut [f32], sign: &[f32], lr: f64, weight_decay: f64) -> Result<()> {
+    check_len("sign_sgd_slice", "sign", param, sign)?;
+    cpu::sign_sgd(param, sign, lr, weight_decay);
+    Ok(())
+}
+
+fn check_len(op: &'static str, what: &'static str, target: &[f32], other: &[f32]) -> Result<()> {
+    check_dims(op, what, &[target.len()], &[other.len()])
 }
 
 /// An error if two of the tensors share a storage: locking it twice, once for writing, would never return.

@@ -2,10 +2,13 @@
 
 use rayon::prelude::*;
 
+use super::BLOCK;
 use crate::simd::simd_fn;
 
 /// Elements that one task reduces. Part of the order of arithmetic: changing it changes results.
 const CHUNK: usize = 4096;
+/// Elements that one task changes where each is on its own.
+const TASK: usize = 16 * 1024;
 /// Independent accumulators inside a chunk.
 const LANES: usize = 16;
 
@@ -15,6 +18,30 @@ pub(super) fn sum(x: &[f32]) -> f64 {
 
 pub(super) fn sum_squares(x: &[f32]) -> f64 {
     pairwise(&x.par_chunks(CHUNK).map(chunk_sum_squares).collect::<Vec<_>>())
+}
+
+pub(super) fn block_sum_squares(x: &[f32], out: &mut Vec<f64>) {
+    const TASK_BLOCKS: usize = 16;
+    let start = out.len();
+    out.resize(start + x.len().div_ceil(BLOCK), 0.0);
+    let tasks = out[start..].par_chunks_mut(TASK_BLOCKS).zip(x.par_chunks(TASK_BLOCKS * BLOCK));
+    tasks.for_each(|(sums, x)| {
+        for (sum, block) in sums.iter_mut().zip(x.chunks(BLOCK)) {
+            *sum = chunk_sum_squares(block);
+        }
+    });
+}
+
+pub(super) fn add(target: &mut [f32], term: &[f32]) {
+    target.par_chunks_mut(TASK).zip(term.par_chunks(TASK)).for_each(|(target, term)| {
+        for (target, term) in target.iter_mut().zip(term) {
+            *target += term;
+        }
+    });
+}
+
+pub(super) fn scale(target: &mut [f32], factor: f32) {
+    target.par_chunks_mut(TASK).for_each(|target| target.iter_mut().for_each(|value| *value *= factor));
 }
 
 pub(super) fn max_abs(x: &[f32]) -> f32 {
@@ -64,7 +91,7 @@ fn lanes(x: &[f32], f: impl Fn(f64) -> f64) -> f64 {
 }
 
 /// Adds values in a binary tree that depends on their number only.
-fn pairwise(values: &[f64]) -> f64 {
+pub(super) fn pairwise(values: &[f64]) -> f64 {
     match values {
         [] => 0.0,
         [value] => *value,

@@ -4,17 +4,23 @@
 //! 2019), temperature, top-k (Fan et al., 2018), top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024). Entries of
 //! equal logit rank by their id, lowest first, so exactly `top_k` remain. The choice inverts the cumulative distribution
 //! in order of ids, summed in one fixed order.
+//!
+//! A row whose vocabulary is cut over ranks is sampled without gathering it: see [`ShardDraw`] for the steps.
 
 mod distribution;
 mod params;
+mod shard;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 pub use params::SamplingParams;
+pub use shard::{
+    Candidate, ChosenBlock, Exchange, ShardDraw, ShardSummary, choose_block, choose_candidate, finish,
+    sample_row_gathered, sample_row_sharded,
+};
 
 use crate::error::check_dims;
-use crate::logprob::row_stats;
 use crate::view::view;
 use crate::{Error, Result};
 
@@ -62,38 +68,5 @@ pub fn sample_rows(logits: &Tensor, requests: &[SampleRequest]) -> Result<Vec<Sa
 ///
 /// `history`: tokens so far, for the repetition penalty. `uniform`: in `[0, 1)`; equal numbers give equal tokens.
 pub fn sample_row(logits: &[f32], history: &[u32], params: &SamplingParams, uniform: f64) -> Result<Sampled> {
-    const OP: &str = "sample_row";
-    params.validate()?;
-    check_row(OP, logits, history)?;
-    if !(0.0..1.0).contains(&uniform) {
-        return Err(Error::Value { op: OP, what: "uniform", expected: "in [0, 1)", got: uniform });
-    }
-    let stats = row_stats(logits);
-    let scores = distribution::penalised(logits, history, params.repetition_penalty);
-    let (index, sampling_logp) = if params.is_greedy() {
-        (distribution::argmax(&scores), 0.0)
-    } else {
-        distribution::draw(&scores, params, uniform)
-    };
-    let logp = stats.log_prob(logits[index]);
-    let sampling_logp = if params.is_plain() { logp } else { sampling_logp };
-    Ok(Sampled { token: index as u32, logp, sampling_logp, entropy: stats.entropy })
-}
-
-fn check_row(op: &'static str, logits: &[f32], history: &[u32]) -> Result<()> {
-    if logits.is_empty() {
-        return Err(Error::shape(op, "logits", "at least one", logits));
-    }
-    // A branch-free pass first: it vectorises, the search for the culprit does not.
-    if !logits.iter().fold(true, |finite, logit| finite & logit.is_finite())
-        && let Some(index) = logits.iter().position(|logit| !logit.is_finite())
-    {
-        return Err(Error::NonFinite { op, what: "the logit of token", index, value: logits[index] });
-    }
-    match history.iter().find(|&&token| token as usize >= logits.len()) {
-        Some(&token) => {
-            Err(Error::Index { op, what: "token of the history", index: token as usize, limit: logits.len() })
-        }
-        None => Ok(()),
-    }
+    shard::sample("sample_row", &[logits], history, params, uniform)
 }
