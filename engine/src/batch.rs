@@ -1,6 +1,20 @@
 //! The packed batch: the tokens of all sequences end to end, without a single pad token.
 
+use crate::model::Dropout;
 use crate::{Error, Result};
+
+/// What goes through a model at once in training.
+#[derive(Clone, Debug)]
+pub struct MicroBatch {
+    /// The sequences.
+    pub batch: Packed,
+    /// Rows of the batch that the loss is about, `[N]`.
+    pub rows: Vec<u32>,
+    /// The token that each of them is to predict, `[N]`; empty for losses on scores.
+    pub labels: Vec<u32>,
+    /// Dropout, if any.
+    pub dropout: Option<Dropout>,
+}
 
 /// `B` sequences of together `T` tokens, end to end.
 ///

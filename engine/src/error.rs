@@ -12,6 +12,26 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// Ranks have lost each other.
+    #[error(transparent)]
+    Collective(#[from] tandem_collective::Error),
+    /// Adapters that cannot be, or cannot be put on this model.
+    #[error("{0}")]
+    Lora(String),
+    /// The ranks cannot share the work so.
+    #[error("{0}")]
+    Mesh(String),
+    /// An optimizer cannot train so.
+    #[error("the optimizer \"{kind}\" cannot train so: {reason}")]
+    Optimizer {
+        /// Which one.
+        kind: crate::train::OptimizerKind,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// Weights were to change while ranks still read them: calls of this engine ran out of order.
+    #[error("weights were to change while other ranks still read them; all ranks must make the same calls")]
+    WeightsInUse,
     /// A kernel refused its arguments.
     #[error(transparent)]
     Kernel(#[from] tandem_kernels::Error),
@@ -141,6 +161,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// What a pipeline's last stage knows was asked of another one.
+    pub(crate) fn not_last_stage() -> Self {
+        Error::Mesh("only the last stage of a pipeline knows the loss; pass all micro-batches at once".into())
+    }
+
     /// A [`Error::ModelFile`].
     pub(crate) fn model_file(path: &Path, reason: impl Into<String>, remedy: impl Into<String>) -> Self {
         Error::ModelFile { path: path.to_path_buf(), reason: reason.into(), remedy: remedy.into() }

@@ -4,49 +4,77 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
-use crate::batch::Packed;
+use crate::batch::{MicroBatch, Packed};
 use crate::generate::{CacheSize, Completion, KvCache, OnToken, Request, SamplingKey, Scheduler};
-use crate::model::unit::UnitBuffer;
 use crate::model::{Dropout, LogProbs, Model, Recompute};
-use crate::train::{Optimizer, OptimizerConfig, StepOutcome};
+use crate::parallel::{Gradients, Placement};
+use crate::train::{Optimizer, OptimizerConfig, StepOutcome, schedule};
 use crate::{Error, Result};
 
 /// Mode in which weights are updated. Holds the gradients.
 #[derive(Debug)]
 pub struct Train {
-    grads: Vec<UnitBuffer>,
+    grads: Gradients,
+    /// The copy that the last generation used, if its memory is kept.
+    copy: Option<Model>,
+    cache: Option<KvCache>,
+    /// Bytes that the step under way has sent so far.
+    sent_bytes: u64,
 }
 
 /// Mode in which tokens are sampled. Holds the key-value cache.
 #[derive(Debug)]
 pub struct Generate {
+    /// The weights laid out for generation: those of training themselves where that is possible.
+    model: Model,
     cache: KvCache,
+}
+
+/// How an engine switches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwitchConfig {
+    /// Whether training has the memory of the key-value cache to itself.
+    pub release_inference_cache: bool,
+    /// Whether the memory of the inference copy is kept while training.
+    pub pin_parameters: bool,
+    /// Units that are brought to their new layout at once.
+    pub gather_units: usize,
+}
+
+impl Default for SwitchConfig {
+    fn default() -> Self {
+        Self { release_inference_cache: true, pin_parameters: false, gather_units: 8 }
+    }
 }
 
 /// A model with its optimizer, in one mode.
 ///
-/// With one rank and one dtype, generation reads the training weights themselves: switching copies nothing. It frees the
-/// gradients and makes room for the cache, or the other way round.
+/// Where the layout of training can generate, switching copies nothing: generation reads the training weights themselves.
+/// Elsewhere the switch brings every unit, a few at a time, to the tensor-parallel layout of generation; the weights of
+/// training stay where they are, and switching back drops the copy. A model with adapters always generates with such a copy,
+/// into which the adapters are merged; they and the base stay as they are.
 #[derive(Debug)]
 pub struct Engine<Mode> {
     model: Model,
     optimizer: Optimizer,
+    placement: Placement,
+    switching: SwitchConfig,
     mode: Mode,
 }
 
-/// What a mode switch cost.
+/// What a mode switch cost this rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SwitchReport {
-    /// Bytes of weights that moved between layouts.
+    /// Bytes of weights that came from other ranks.
     pub moved_bytes: u64,
-    /// Bytes that the new mode allocated: the cache, or the gradients.
+    /// Bytes that the new mode allocated: copy and cache, or the gradients.
     pub allocated_bytes: u64,
     /// Time taken.
     pub elapsed: Duration,
 }
 
 impl<Mode> Engine<Mode> {
-    /// The model.
+    /// The model as it is trained.
     pub fn model(&self) -> &Model {
         &self.model
     }
@@ -56,7 +84,13 @@ impl<Mode> Engine<Mode> {
         &self.optimizer
     }
 
-    /// Log-probabilities, the same in both modes; see [`Model::log_probs`].
+    /// Where its numbers are kept.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// Log-probabilities of the model as it is trained, the same in both modes; see [`Model::log_probs`]. Those of a model with
+    /// adapters differ by rounding from those recorded while sampling, for which the adapters are merged.
     ///
     /// # Errors
     /// As [`Model::log_probs`].
@@ -66,30 +100,45 @@ impl<Mode> Engine<Mode> {
 }
 
 impl Engine<Train> {
-    /// A model with a fresh optimizer.
+    /// A model on one rank with a fresh optimizer.
     ///
     /// # Errors
     /// If the memory cannot be had.
     pub fn new(model: Model, config: OptimizerConfig) -> Result<Self> {
-        let optimizer = Optimizer::new(config, model.units())?;
-        Self::with_optimizer(model, optimizer)
+        Self::placed(model, config, Placement::solo())
     }
 
-    /// A model with an optimizer as it was saved.
+    /// A model that has taken its place, with a fresh optimizer in a place of its own kind; see
+    /// [`OptimizerKind::placed`](crate::train::OptimizerKind::placed).
     ///
     /// # Errors
-    /// If the memory cannot be had.
-    pub fn with_optimizer(model: Model, optimizer: Optimizer) -> Result<Self> {
-        let grads = model.zeros_like_units()?;
-        Ok(Self { model, optimizer, mode: Train { grads } })
+    /// If the optimizer cannot train so or the memory cannot be had.
+    pub fn placed(model: Model, config: OptimizerConfig, placement: Placement) -> Result<Self> {
+        let placement = config.kind.placed(placement)?;
+        let optimizer = Optimizer::new(config, &model, &placement)?;
+        let grads = Gradients::new(&placement, &model.trained_layouts())?;
+        let mode = Train { grads, copy: None, cache: None, sent_bytes: 0 };
+        Ok(Self { model, optimizer, placement, switching: SwitchConfig::default(), mode })
     }
 
-    /// Accumulated gradients by unit: sums, until [`Engine::step`] divides and clears them.
-    pub fn grads(&self) -> &[UnitBuffer] {
+    /// Changes how the engine switches.
+    #[must_use]
+    pub fn switching(mut self, config: SwitchConfig) -> Self {
+        self.switching = config;
+        self
+    }
+
+    pub(crate) fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
+    }
+
+    /// Accumulated gradients: sums, until [`Engine::step`] divides and clears them.
+    pub fn grads(&self) -> &Gradients {
         &self.mode.grads
     }
 
-    /// Accumulates the gradient of a loss on log-probabilities; see [`crate::model::Trace::backward_log_probs`].
+    /// Accumulates the gradient of a loss on log-probabilities of one micro-batch, on one rank; see
+    /// [`crate::model::Trace::backward_log_probs`].
     ///
     /// # Errors
     /// If the batch does not fit the model or the loss fails.
@@ -102,10 +151,13 @@ impl Engine<Train> {
         recompute: Recompute,
         loss: impl FnOnce(&LogProbs) -> Result<Tensor>,
     ) -> Result<(f64, LogProbs)> {
-        self.model.trace(batch, dropout, recompute)?.backward_log_probs(rows, labels, &self.mode.grads, loss)
+        self.mode.grads.set_reduction(self.optimizer.reduction());
+        let trace = self.model.trace(batch, dropout, recompute)?;
+        trace.backward_log_probs(rows, labels, &mut self.mode.grads, loss)?.ok_or_else(Error::not_last_stage)
     }
 
-    /// Accumulates the gradient of a loss on scores; see [`crate::model::Trace::backward_scores`].
+    /// Accumulates the gradient of a loss on scores of one micro-batch, on one rank; see
+    /// [`crate::model::Trace::backward_scores`].
     ///
     /// # Errors
     /// If the batch does not fit the model or the loss fails.
@@ -117,15 +169,87 @@ impl Engine<Train> {
         recompute: Recompute,
         loss: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<(f64, Tensor)> {
-        self.model.trace(batch, dropout, recompute)?.backward_scores(rows, &self.mode.grads, loss)
+        self.mode.grads.set_reduction(self.optimizer.reduction());
+        let trace = self.model.trace(batch, dropout, recompute)?;
+        trace.backward_scores(rows, &mut self.mode.grads, loss)?.ok_or_else(Error::not_last_stage)
+    }
+
+    /// Accumulates the gradient of a loss on the log-probabilities of many micro-batches.
+    ///
+    /// `passes` are this rank's: round by round, one for each of its lanes, `None` where a lane has no rows; every rank has
+    /// equally many. `loss` is called with the number of the pass on the last stage of the pipeline, and what it and the
+    /// model say is returned there; other stages get `None`.
+    ///
+    /// # Errors
+    /// If a batch does not fit the model, the loss fails or ranks have lost each other.
+    pub fn accumulate_all_log_probs(
+        &mut self,
+        passes: &[Option<MicroBatch>],
+        recompute: Recompute,
+        mut loss: impl FnMut(usize, &LogProbs) -> Result<Tensor>,
+    ) -> Result<Vec<Option<(f64, LogProbs)>>> {
+        self.mode.grads.set_reduction(self.optimizer.reduction());
+        self.metered(|engine| {
+            let grads = &mut engine.mode.grads;
+            schedule::run(&engine.model, grads, passes, recompute, |pass, trace, micro_batch, grads| {
+                trace.backward_log_probs(&micro_batch.rows, &micro_batch.labels, grads, |out| loss(pass, out))
+            })
+        })
+    }
+
+    /// As [`Self::accumulate_all_log_probs`], of a loss on scores.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn accumulate_all_scores(
+        &mut self,
+        passes: &[Option<MicroBatch>],
+        recompute: Recompute,
+        mut loss: impl FnMut(usize, &Tensor) -> Result<Tensor>,
+    ) -> Result<Vec<Option<(f64, Tensor)>>> {
+        self.mode.grads.set_reduction(self.optimizer.reduction());
+        self.metered(|engine| {
+            let grads = &mut engine.mode.grads;
+            schedule::run(&engine.model, grads, passes, recompute, |pass, trace, micro_batch, grads| {
+                trace.backward_scores(&micro_batch.rows, grads, |out| loss(pass, out))
+            })
+        })
     }
 
     /// Norm of the accumulated gradient over `denominator` terms, before clipping.
     ///
     /// # Errors
-    /// If the tensor library refuses.
-    pub fn grad_norm(&self, denominator: f64) -> Result<f64> {
-        Optimizer::grad_norm(&self.mode.grads, denominator)
+    /// If ranks have lost each other.
+    pub fn grad_norm(&mut self, denominator: f64) -> Result<f64> {
+        let pipeline = self.placement.parallel.pipeline.world().clone();
+        let before = pipeline.traffic();
+        self.mode.grads.join_stages()?;
+        self.mode.sent_bytes += pipeline.traffic().since(before).sent_bytes;
+        self.mode.grads.norm(denominator)
+    }
+
+    /// Runs `call` and counts what this rank sends to its data-parallel peers meanwhile.
+    fn metered<R>(&mut self, call: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
+        let data = self.placement.parallel.data.world().clone();
+        let before = data.traffic();
+        let result = call(self);
+        self.mode.sent_bytes += data.traffic().since(before).sent_bytes;
+        result
+    }
+
+    /// Brings the weights of all ranks together where ranks make steps by themselves ([`OptimizerKind::ZeroOneAdam`]); does
+    /// nothing otherwise. All ranks call it together, before weights are exported or compared. It is an exchange that the
+    /// schedule did not plan, so training goes on otherwise than without it.
+    ///
+    /// [`OptimizerKind::ZeroOneAdam`]: crate::train::OptimizerKind::ZeroOneAdam
+    ///
+    /// # Errors
+    /// If gradients wait for a step or ranks have lost each other.
+    pub fn join_ranks(&mut self) -> Result<()> {
+        if self.mode.grads.is_pending() {
+            return Err(Error::PendingGradients);
+        }
+        self.optimizer.join(&self.model)
     }
 
     /// One optimizer step on the accumulated gradient, a sum over `denominator` terms; clears it.
@@ -133,12 +257,14 @@ impl Engine<Train> {
     /// A gradient that is not finite leaves weights, moments and step count as they are.
     ///
     /// # Errors
-    /// If the tensor library refuses.
+    /// If ranks have lost each other.
     pub fn step(&mut self, denominator: f64) -> Result<StepOutcome> {
         let grad_norm = self.grad_norm(denominator)?;
-        let outcome = self.optimizer.apply(self.model.units(), &self.mode.grads, denominator, grad_norm)?;
+        let outcome =
+            self.metered(|engine| engine.optimizer.apply(&engine.model, &engine.mode.grads, denominator, grad_norm))?;
+        let wire_bytes = self.mode.sent_bytes;
         self.clear_grads()?;
-        Ok(outcome)
+        Ok(StepOutcome { wire_bytes, ..outcome })
     }
 
     /// Forgets the accumulated gradient, as when another model's step was skipped.
@@ -146,28 +272,51 @@ impl Engine<Train> {
     /// # Errors
     /// If the tensor library refuses.
     pub fn clear_grads(&mut self) -> Result<()> {
-        self.mode.grads.iter().try_for_each(UnitBuffer::clear)
+        self.mode.sent_bytes = 0;
+        self.mode.grads.clear()
     }
 
-    /// Switches to generation: frees the gradients, makes room for the cache.
+    /// Switches to generation: frees the gradients, lays the weights out, makes room for the cache. Before that ranks come
+    /// together; see [`Self::join_ranks`].
     ///
     /// # Errors
-    /// If gradients are still waiting for a step, or the memory cannot be had.
-    pub fn into_generate(self, size: CacheSize) -> Result<(Engine<Generate>, SwitchReport)> {
+    /// If gradients are still waiting for a step, the memory cannot be had, or ranks have lost each other.
+    pub fn into_generate(mut self, size: CacheSize) -> Result<(Engine<Generate>, SwitchReport)> {
         let start = Instant::now();
-        if Optimizer::grad_norm(&self.mode.grads, 1.0)? != 0.0 {
-            return Err(Error::PendingGradients);
-        }
-        drop(self.mode);
-        let cache = KvCache::new(self.model.spec(), size)?;
-        let allocated_bytes = cache.size_bytes() as u64;
-        let engine = Engine { model: self.model, optimizer: self.optimizer, mode: Generate { cache } };
-        Ok((engine, SwitchReport { moved_bytes: 0, allocated_bytes, elapsed: start.elapsed() }))
+        self.join_ranks()?;
+        let Train { grads, copy, cache, .. } = self.mode;
+        drop(grads);
+        let mut allocated_bytes = 0;
+        let (model, moved_bytes) = if self.model.generates_in_place() {
+            (self.model.clone(), 0)
+        } else {
+            let is_new = copy.is_none();
+            let (model, moved) = self.model.inference_copy(copy, self.switching.gather_units)?;
+            let elements: usize = model.layouts().iter().map(|layout| layout.len()).sum();
+            allocated_bytes += if is_new { 4 * elements as u64 } else { 0 };
+            (model, moved)
+        };
+        let cache = match cache.filter(|cache| cache.holds(size)) {
+            Some(cache) => cache,
+            None => {
+                let cache = KvCache::new(&model, size)?;
+                allocated_bytes += cache.size_bytes() as u64;
+                cache
+            }
+        };
+        let Self { model: trained, optimizer, placement, switching, .. } = self;
+        let engine = Engine { model: trained, optimizer, placement, switching, mode: Generate { model, cache } };
+        Ok((engine, SwitchReport { moved_bytes, allocated_bytes, elapsed: start.elapsed() }))
     }
 }
 
 impl Engine<Generate> {
-    /// Answers all requests; see [`Scheduler`].
+    /// The weights as they are laid out for generation.
+    pub fn inference_model(&self) -> &Model {
+        &self.mode.model
+    }
+
+    /// Answers all requests; see [`Scheduler`]. Ranks that generate together bring the same requests and get the same answers.
     ///
     /// # Errors
     /// If a request does not fit the model or the cache.
@@ -178,18 +327,22 @@ impl Engine<Generate> {
         prefill_tokens: usize,
         on_token: OnToken<'_>,
     ) -> Result<Vec<Completion>> {
-        Scheduler::new(&self.model, &self.mode.cache, key, prefill_tokens).run(requests, on_token)
+        Scheduler::new(&self.mode.model, &self.mode.cache, key, prefill_tokens).run(requests, on_token)
     }
 
-    /// Switches to training: frees the cache, makes room for gradients.
+    /// Switches to training: lets go of the copy and the cache, unless they are to be kept, and makes room for gradients.
     ///
     /// # Errors
     /// If the memory cannot be had.
     pub fn into_train(self) -> Result<(Engine<Train>, SwitchReport)> {
         let start = Instant::now();
-        drop(self.mode);
-        let engine = Engine::with_optimizer(self.model, self.optimizer)?;
-        let allocated_bytes = 4 * engine.model.parameters() as u64;
+        let Self { model, optimizer, placement, switching, mode: Generate { model: copy, cache } } = self;
+        let copy = (switching.pin_parameters && !model.generates_in_place()).then_some(copy);
+        let cache = (!switching.release_inference_cache).then_some(cache);
+        let grads = Gradients::new(&placement, &model.trained_layouts())?;
+        let allocated_bytes = grads.size_bytes();
+        let mode = Train { grads, copy, cache, sent_bytes: 0 };
+        let engine = Engine { model, optimizer, placement, switching, mode };
         Ok((engine, SwitchReport { moved_bytes: 0, allocated_bytes, elapsed: start.elapsed() }))
     }
 }

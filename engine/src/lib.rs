@@ -10,9 +10,11 @@ mod error;
 pub mod generate;
 mod hybrid;
 pub mod model;
+pub mod parallel;
 pub mod train;
 
-pub use batch::Packed;
+pub use batch::{MicroBatch, Packed};
 pub use error::{Error, Result};
-pub use hybrid::{Engine, Generate, SwitchReport, Train};
+pub use hybrid::{Engine, Generate, SwitchConfig, SwitchReport, Train};
+pub use model::lora::{self, LoraConfig};
 pub use model::{Dropout, LogProbs, Model, Recompute};

@@ -27,7 +27,10 @@ const RUN_FILE: &str = "run.json";
 const METRICS_FILE: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const EXPERIENCE: &str = "experience";
+const CHECKPOINT_PREFIX: &str = "step";
+const EXPERIENCE_PREFIX: &str = "iter";
 const EXPORT: &str = "export";
+const ADAPTER: &str = "adapter";
 /// What a fresh start sets aside.
 const RUN_STATE: [&str; 5] = [RUN_FILE, METRICS_FILE, CHECKPOINTS, EXPERIENCE, EXPORT];
 
@@ -73,12 +76,22 @@ impl RunDir {
 
     /// `checkpoints/step-N`.
     pub fn checkpoints(&self) -> Series {
-        Series::new(self.context.clone(), self.root.join(CHECKPOINTS), "step", "checkpoint")
+        Series::new(self.context.clone(), self.root.join(CHECKPOINTS), CHECKPOINT_PREFIX, "checkpoint")
+    }
+
+    /// Where the checkpoint of `step` of a run in `root` is, for readers that do not own the run.
+    pub fn checkpoint_path(root: &Path, step: u64) -> PathBuf {
+        root.join(CHECKPOINTS).join(format!("{CHECKPOINT_PREFIX}-{step}"))
+    }
+
+    /// Where the rollout of `iteration` of a run in `root` is, likewise.
+    pub fn experience_path(root: &Path, iteration: u64) -> PathBuf {
+        root.join(EXPERIENCE).join(format!("{EXPERIENCE_PREFIX}-{iteration}"))
     }
 
     /// `experience/iter-N`.
     pub fn experience(&self) -> Series {
-        Series::new(self.context.clone(), self.root.join(EXPERIENCE), "iter", "experience")
+        Series::new(self.context.clone(), self.root.join(EXPERIENCE), EXPERIENCE_PREFIX, "experience")
     }
 
     /// Where the finished model is or will be.
@@ -92,6 +105,14 @@ impl RunDir {
     /// An error of the file system.
     pub fn stage_export(&self) -> Result<Staging> {
         Staging::create(self.context.clone(), self.export_path(), EXPORT, Taken::Replace)
+    }
+
+    /// Starts the adapters that the finished model was made with; publishing them replaces earlier ones.
+    ///
+    /// # Errors
+    /// An error of the file system.
+    pub fn stage_adapter(&self) -> Result<Staging> {
+        Staging::create(self.context.clone(), self.root.join(ADAPTER), ADAPTER, Taken::Replace)
     }
 
     /// The text of `run.json`, if there is one.

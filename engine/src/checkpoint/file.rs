@@ -1,61 +1,106 @@
-//! Unit buffers as one safetensors file: a flat f32 tensor per unit, and the step in the metadata.
+//! Units as one safetensors file: a flat f32 tensor per unit in the whole layout, and the step in the metadata.
 
+use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 
+use memmap2::Mmap;
+use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
+use tandem_kernels::slice::with_slice;
 
 use crate::model::unit::{UnitBuffer, UnitLayout};
 
 const STEP: &str = "step";
 
-/// Writes the units without a second copy of them in memory.
-pub(super) fn write(units: &[UnitBuffer], step: u64, file: &mut impl Write) -> io::Result<()> {
+/// The bytes before the data of a file that holds units of these layouts.
+pub(super) fn header(layouts: &[Arc<UnitLayout>], step: u64) -> io::Result<Vec<u8>> {
+    let tensors = layouts.iter().map(|layout| (layout.id.to_string(), layout.len()));
+    header_of(serde_json::json!({ STEP: step.to_string() }), tensors)
+}
+
+/// The bytes before the data of a file of flat f32 tensors: their names and lengths.
+pub(super) fn header_of(
+    metadata: serde_json::Value,
+    tensors: impl IntoIterator<Item = (String, usize)>,
+) -> io::Result<Vec<u8>> {
     let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), serde_json::json!({ STEP: step.to_string() }));
+    header.insert("__metadata__".into(), metadata);
     let mut offset = 0;
-    for unit in units {
-        let len = unit.layout().len();
+    for (name, len) in tensors {
         let entry = serde_json::json!({ "dtype": "F32", "shape": [len], "data_offsets": [offset, offset + 4 * len] });
-        header.insert(unit.layout().id.to_string(), entry);
+        header.insert(name, entry);
         offset += 4 * len;
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(&header)?;
-    let mut bytes = Vec::with_capacity(4 * CHUNK);
-    for unit in units {
-        let values = unit.flat().to_vec1::<f32>().map_err(io::Error::other)?;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut header);
+    Ok(bytes)
+}
+
+/// Writes the elements of one unit without a second copy of them in memory.
+pub(super) fn write_unit(unit: &UnitBuffer, file: &mut impl Write) -> io::Result<()> {
+    let written = with_slice(unit.flat(), |values| {
+        let mut bytes = Vec::with_capacity(4 * CHUNK);
         for chunk in values.chunks(CHUNK) {
             bytes.clear();
-            bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
+            crate::parallel::bytes::append(chunk, &mut bytes);
             file.write_all(&bytes)?;
         }
-    }
-    Ok(())
+        Ok(())
+    });
+    written.map_err(io::Error::other)?
 }
 
 /// Elements converted at a time.
-const CHUNK: usize = 1 << 18;
+pub(super) const CHUNK: usize = 1 << 18;
 
-/// Reads the units of `layouts` and the step; the reason if the bytes hold anything else.
-pub(super) fn read(bytes: &[u8], layouts: &[Arc<UnitLayout>]) -> Result<(Vec<UnitBuffer>, u64), String> {
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
-    let step = metadata.metadata().as_ref().and_then(|map| map.get(STEP)).and_then(|step| step.parse().ok());
-    let step = step.ok_or("its metadata names no step")?;
-    let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
-    if tensors.len() != layouts.len() {
-        return Err(format!("it holds {} units, the model has {}", tensors.len(), layouts.len()));
-    }
-    let units = layouts.iter().map(|layout| {
-        let name = layout.id.to_string();
-        let tensor = tensors.tensor(&name).map_err(|error| format!("unit {name}: {error}"))?;
-        if tensor.dtype() != Dtype::F32 {
-            return Err(format!("unit {name} is {:?}, not F32", tensor.dtype()));
+/// A file that is read unit by unit, as they are asked for.
+pub(super) struct UnitFile {
+    map: Mmap,
+    metadata: Metadata,
+    data: usize,
+    layouts: Vec<Arc<UnitLayout>>,
+    /// The step that it is of.
+    pub(super) step: u64,
+}
+
+impl UnitFile {
+    /// Opens the file `path` of units of `layouts`; the reason if it holds anything else.
+    pub(super) fn open(path: &Path, layouts: Vec<Arc<UnitLayout>>) -> Result<Self, String> {
+        let file = File::open(path).map_err(|error| error.to_string())?;
+        // SAFETY: published checkpoints are never written to, and the run's lock keeps other processes from removing them.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| error.to_string())?;
+        let (size, metadata) = SafeTensors::read_metadata(&map).map_err(|error| error.to_string())?;
+        let step = metadata.metadata().as_ref().and_then(|map| map.get(STEP)).and_then(|step| step.parse().ok());
+        let step = step.ok_or("its metadata names no step")?;
+        let tensors = metadata.tensors();
+        if tensors.len() != layouts.len() {
+            return Err(format!("it holds {} units, the model has {}", tensors.len(), layouts.len()));
         }
-        let values = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        for layout in &layouts {
+            let name = layout.id.to_string();
+            let info = tensors.get(&name).ok_or_else(|| format!("unit {name} is missing"))?;
+            if info.dtype != Dtype::F32 {
+                return Err(format!("unit {name} is {:?}, not F32", info.dtype));
+            }
+            if info.shape != [layout.len()] {
+                return Err(format!("unit {name} has the shape {:?} instead of [{}]", info.shape, layout.len()));
+            }
+        }
+        Ok(Self { data: size + 8, map, metadata, layouts, step })
+    }
+
+    /// The unit `index` in the whole layout.
+    pub(super) fn unit(&self, index: usize) -> Result<UnitBuffer, String> {
+        let layout = &self.layouts[index];
+        let info = self.metadata.info(&layout.id.to_string()).ok_or("a unit is missing")?;
+        let (start, end) = info.data_offsets;
+        let bytes = self.map.get(self.data + start..self.data + end).ok_or("it is cut off")?;
+        let mut values = vec![0f32; layout.len()];
+        crate::parallel::bytes::fill(&mut values, bytes);
         UnitBuffer::from_vec(layout, values).map_err(|error| error.to_string())
-    });
-    Ok((units.collect::<Result<_, _>>()?, step))
+    }
 }

@@ -1,8 +1,9 @@
 //! Keys and values of the sequences under way, for all layers.
 
-use tandem_kernels::attention::KvCacheLayer;
+use tandem_kernels::attention::{AttentionSpec, KvCacheLayer};
 
 use crate::Result;
+use crate::model::Model;
 use crate::model::spec::ModelSpec;
 
 /// Room for sequences.
@@ -25,7 +26,8 @@ impl CacheSize {
 /// The cache of one model.
 #[derive(Debug)]
 pub struct KvCache {
-    pub(super) layers: Vec<KvCacheLayer>,
+    /// For each block, one cache for each piece held here.
+    pub(super) layers: Vec<Vec<KvCacheLayer>>,
     size: CacheSize,
 }
 
@@ -34,9 +36,16 @@ impl KvCache {
     ///
     /// # Errors
     /// If the memory cannot be had or a size is zero.
-    pub fn new(spec: &ModelSpec, size: CacheSize) -> Result<Self> {
-        let layer = |_| Ok(KvCacheLayer::new(size.slots, size.max_len, spec.kv_heads, spec.head_dim)?);
-        Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_>>()?, size })
+    pub fn new(model: &Model, size: CacheSize) -> Result<Self> {
+        let piece =
+            |piece: &AttentionSpec| Ok(KvCacheLayer::new(size.slots, size.max_len, piece.kv_heads, piece.head_dim)?);
+        let layer = |_| model.attention().iter().map(piece).collect::<Result<_>>();
+        Ok(Self { layers: (0..model.spec().layers).map(layer).collect::<Result<_>>()?, size })
+    }
+
+    /// Whether there is room for `size`.
+    pub(crate) fn holds(&self, size: CacheSize) -> bool {
+        self.size.slots >= size.slots && self.size.max_len >= size.max_len
     }
 
     /// Its size.
@@ -46,11 +55,11 @@ impl KvCache {
 
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
-        self.layers.iter().map(KvCacheLayer::size_bytes).sum()
+        self.layers.iter().flatten().map(KvCacheLayer::size_bytes).sum()
     }
 
     /// Copies the first `len` tokens of one slot to another, in every layer.
     pub(super) fn copy_prefix(&self, from: usize, to: usize, len: usize) -> Result<()> {
-        self.layers.iter().try_for_each(|layer| Ok(layer.copy_prefix(from, to, len)?))
+        self.layers.iter().flatten().try_for_each(|layer| Ok(layer.copy_prefix(from, to, len)?))
     }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use candle_core::Tensor;
 use tandem_kernels::rng::Philox;
-use tandem_kernels::sample::{SampleRequest, Sampled, sample_rows};
+use tandem_kernels::sample::{SampleRequest, Sampled};
 
 use super::request::{Completion, Finish, OnToken, Request, SamplingKey};
 use super::{CacheSize, KvCache};
@@ -53,7 +53,7 @@ pub fn generate(
     let max_len = requests.iter().map(|r| r.prompt.len() + r.max_new_tokens).max().unwrap_or(1);
     let samples: usize = requests.iter().map(|r| r.samples.len()).sum();
     let size = CacheSize { slots: slots.clamp(1, samples.max(1)), max_len };
-    let cache = KvCache::new(model.spec(), size)?;
+    let cache = KvCache::new(model, size)?;
     Scheduler::new(model, &cache, key, prefill_tokens).run(requests, on_token)
 }
 
@@ -222,7 +222,7 @@ impl<'a> Scheduler<'a> {
         &self,
         requests: &[Request],
         sequences: &mut [Active],
-        logits: &Tensor,
+        logits: &[(usize, Tensor)],
         on_token: OnToken<'_>,
     ) -> Result<()> {
         self.choose_each(requests, &mut sequences.iter_mut().collect::<Vec<_>>(), logits, on_token)
@@ -233,7 +233,7 @@ impl<'a> Scheduler<'a> {
         &self,
         requests: &[Request],
         sequences: &mut [&mut Active],
-        logits: &Tensor,
+        logits: &[(usize, Tensor)],
         on_token: OnToken<'_>,
     ) -> Result<()> {
         let draws: Vec<SampleRequest<'_>> = sequences
@@ -244,7 +244,7 @@ impl<'a> Scheduler<'a> {
                 uniform: self.stream.uniform(sequence.sample, sequence.ids.len() as u32, 0),
             })
             .collect();
-        let sampled = sample_rows(logits, &draws)?;
+        let sampled = self.model.choose(logits, &draws)?;
         for (sequence, chosen) in sequences.iter_mut().zip(sampled) {
             sequence.take(&requests[sequence.request], chosen);
             on_token(sequence.request, sequence.sample, chosen.token);

@@ -6,13 +6,15 @@
 //! Training, reading a prompt and decoding share every line here but the attention itself, which the caller passes in.
 
 use candle_core::Tensor;
-use tandem_kernels::attention::{AttentionSaved, attention, attention_backward};
+use tandem_kernels::attention::{AttentionSaved, AttentionSpec, attention, attention_backward};
 use tandem_kernels::norm::NormStats;
 use tandem_kernels::rope::rope_qkv;
-use tandem_kernels::{dropout, mlp};
+use tandem_kernels::{dropout, gemm, mlp};
 
-use super::linear::{linear, linear_backward, norm, norm_backward};
+use super::linear::{Map, linear, linear_backward, norm, norm_backward};
+use super::lora::{Adapted, Low};
 use super::pass::Pass;
+use super::pieces;
 use super::spec::ModelSpec;
 use super::unit::{
     DOWN, DOWN_BIAS, NORM1, NORM1_BIAS, NORM2, NORM2_BIAS, OUTPUT, OUTPUT_BIAS, QKV, QKV_BIAS, UP, UP_BIAS, UnitBuffer,
@@ -20,14 +22,31 @@ use super::unit::{
 use crate::Result;
 
 /// What a block's backward needs of its forward.
-pub(super) struct BlockSaved {
+pub(super) struct BlockSaved<S = AttentionSaved> {
     attention: BranchSaved,
+    attended: Vec<(Attended, S)>,
+    attention_low: BranchLow,
+    mlp: BranchSaved,
+    activated: Vec<Activated>,
+    mlp_low: BranchLow,
+}
+
+/// Values of one piece of the attention branch.
+struct Attended {
     qkv: Tensor,
     attended: Tensor,
-    softmax: AttentionSaved,
-    mlp: BranchSaved,
+}
+
+/// Values of one piece of the MLP branch.
+struct Activated {
     up: Tensor,
     activated: Tensor,
+}
+
+/// What the adapters of a branch's two linear maps have read.
+struct BranchLow {
+    first: Low,
+    second: Low,
 }
 
 /// Around one branch: what went into its norm and its first linear map.
@@ -38,6 +57,11 @@ struct BranchSaved {
     /// Input of the branch's first linear map.
     input: Tensor,
 }
+
+const QKV_MAP: Map = Map { weight: QKV, bias: Some(QKV_BIAS) };
+const OUTPUT_MAP: Map = Map { weight: OUTPUT, bias: Some(OUTPUT_BIAS) };
+const UP_MAP: Map = Map { weight: UP, bias: Some(UP_BIAS) };
+const DOWN_MAP: Map = Map { weight: DOWN, bias: Some(DOWN_BIAS) };
 
 /// Places of dropout inside a block; each has its own masks.
 #[derive(Clone, Copy)]
@@ -51,65 +75,108 @@ pub(super) struct Block<'a> {
     pub(super) spec: &'a ModelSpec,
     pub(super) index: usize,
     pub(super) weights: &'a UnitBuffer,
-}
-
-/// Intermediate values of [`Block::run`].
-struct Run {
-    y: Tensor,
-    attention: BranchSaved,
-    qkv: Tensor,
-    attended: Tensor,
-    mlp: BranchSaved,
-    up: Tensor,
-    activated: Tensor,
+    pub(super) adapted: Adapted<'a>,
 }
 
 impl Block<'_> {
     /// `y [T, d]` for `x [T, d]`, keeping what [`Block::backward`] needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, BlockSaved)> {
-        let (run, softmax) = self.run(x, pass, |qkv| Ok(attention(qkv, pass.cu_seqlens, pass.attention)?))?;
-        let Run { y, attention, qkv, attended, mlp, up, activated } = run;
-        Ok((y, BlockSaved { attention, qkv, attended, softmax, mlp, up, activated }))
+        self.run(x, pass, |place, qkv| Ok(attention(qkv, pass.cu_seqlens, &pass.attention[place])?))
     }
 
-    /// `y [T, d]` for `x [T, d]`, keeping nothing; `attend` computes the attention of the rotated `qkv`.
+    /// `y [T, d]` for `x [T, d]`, keeping nothing; `attend` computes the attention of the rotated `qkv` of the piece at a
+    /// place among those held.
     pub(super) fn infer(
         &self,
         x: &Tensor,
         pass: &Pass<'_>,
-        attend: impl FnOnce(&Tensor) -> Result<Tensor>,
+        attend: impl Fn(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        Ok(self.run(x, pass, |qkv| Ok((attend(qkv)?, ())))?.0.y)
+        Ok(self.run(x, pass, |place, qkv| Ok((attend(place, qkv)?, ())))?.0)
     }
 
-    /// The forward; `attend` may return something of its own beside the attention's output.
+    /// The forward; `attend` returns something for the backward beside the attention's output.
     fn run<S>(
         &self,
         x: &Tensor,
         pass: &Pass<'_>,
-        attend: impl FnOnce(&Tensor) -> Result<(Tensor, S)>,
-    ) -> Result<(Run, S)> {
+        attend: impl Fn(usize, &Tensor) -> Result<(Tensor, S)>,
+    ) -> Result<(Tensor, BlockSaved<S>)> {
         let spec = self.spec;
         let attention_norm = |x: &Tensor| norm(spec, self.weights, NORM1, NORM1_BIAS, x);
         let mlp_norm = |x: &Tensor| norm(spec, self.weights, NORM2, NORM2_BIAS, x);
 
-        let (h, attention, (qkv, attended, attend_saved)) = self.branch(x, attention_norm, |input| {
-            let qkv = linear(self.weights, QKV, QKV_BIAS, input)?;
-            if let Some(table) = pass.rope {
-                rope_qkv(&qkv, spec.heads, spec.kv_heads, table, pass.positions, false)?;
+        let (h, attention, (attended, attention_low)) = self.branch(x, attention_norm, |input| {
+            let (mut saved, mut outputs) = (Vec::new(), Vec::new());
+            let first = self.adapted.read(QKV, input, pass)?;
+            for (place, piece) in self.pieces() {
+                let qkv = linear(self.weights, piece, QKV_MAP, input)?;
+                self.adapted.write(QKV, piece, &first, &qkv)?;
+                let AttentionSpec { heads, kv_heads, .. } = pass.attention[place];
+                if let Some(table) = pass.rope {
+                    rope_qkv(&qkv, heads, kv_heads, table, pass.positions, false)?;
+                }
+                let (attended, softmax) = attend(place, &qkv)?;
+                outputs.push(linear(self.weights, piece, self.inward(OUTPUT_MAP), &attended)?);
+                saved.push((Attended { qkv, attended }, softmax));
             }
-            let (attended, attend_saved) = attend(&qkv)?;
-            let out = linear(self.weights, OUTPUT, OUTPUT_BIAS, &attended)?;
-            Ok((self.dropout(&out, pass, Site::Attention)?, (qkv, attended, attend_saved)))
+            let out = self.join(outputs, pass, OUTPUT_MAP)?;
+            let inputs: Vec<_> = self.numbers().zip(saved.iter().map(|(saved, _)| &saved.attended)).collect();
+            let second = self.adapted.gather(OUTPUT, &inputs, pass)?;
+            self.adapted.spread(OUTPUT, &second, &out)?;
+            Ok((self.dropout(&out, pass, Site::Attention)?, (saved, BranchLow { first, second })))
         })?;
-        let (y, mlp, (up, activated)) = self.branch(&h, mlp_norm, |input| {
-            let up = linear(self.weights, UP, UP_BIAS, input)?;
-            let activated =
-                if spec.gated { mlp::gated(&up, spec.activation)? } else { mlp::activation(&up, spec.activation)? };
-            let out = linear(self.weights, DOWN, DOWN_BIAS, &activated)?;
-            Ok((self.dropout(&out, pass, Site::Mlp)?, (up, activated)))
+        let (y, mlp, (activated, mlp_low)) = self.branch(&h, mlp_norm, |input| {
+            let (mut saved, mut outputs) = (Vec::new(), Vec::new());
+            let first = self.adapted.read(UP, input, pass)?;
+            for piece in self.numbers() {
+                let up = linear(self.weights, piece, UP_MAP, input)?;
+                self.adapted.write(UP, piece, &first, &up)?;
+                let activated =
+                    if spec.gated { mlp::gated(&up, spec.activation)? } else { mlp::activation(&up, spec.activation)? };
+                outputs.push(linear(self.weights, piece, self.inward(DOWN_MAP), &activated)?);
+                saved.push(Activated { up, activated });
+            }
+            let out = self.join(outputs, pass, DOWN_MAP)?;
+            let inputs: Vec<_> = self.numbers().zip(saved.iter().map(|saved: &Activated| &saved.activated)).collect();
+            let second = self.adapted.gather(DOWN, &inputs, pass)?;
+            self.adapted.spread(DOWN, &second, &out)?;
+            Ok((self.dropout(&out, pass, Site::Mlp)?, (saved, BranchLow { first, second })))
         })?;
-        Ok((Run { y, attention, qkv, attended, mlp, up, activated }, attend_saved))
+        Ok((y, BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low }))
+    }
+
+    /// Numbers of the pieces held.
+    fn numbers(&self) -> std::ops::Range<usize> {
+        self.weights.layout().cut.held.clone()
+    }
+
+    /// Places and numbers of the pieces held.
+    fn pieces(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        self.numbers().enumerate()
+    }
+
+    /// A map into the residual stream: in several pieces its bias waits until they are added up.
+    fn inward(&self, map: Map) -> Map {
+        if self.weights.layout().cut.pieces == 1 { map } else { Map { bias: None, ..map } }
+    }
+
+    /// Adds up what pieces put into the residual stream.
+    fn join(&self, outputs: Vec<Tensor>, pass: &Pass<'_>, map: Map) -> Result<Tensor> {
+        let out = pieces::sum(outputs, pass.tensor, map.weight)?;
+        match map.bias.map(|bias| self.weights.find(bias)).transpose()?.flatten() {
+            Some(bias) if self.weights.layout().cut.pieces > 1 => Ok(out.broadcast_add(&bias)?),
+            _ => Ok(out),
+        }
+    }
+
+    /// Backward of the bias of [`Block::join`].
+    fn join_backward(&self, dy: &Tensor, grads: Option<&UnitBuffer>, map: Map) -> Result<()> {
+        let bias = grads.and_then(|grads| map.bias.map(|bias| grads.find(bias)));
+        match bias.transpose()?.flatten() {
+            Some(bias) if self.weights.layout().cut.pieces > 1 => Ok(gemm::bias_grad(dy, &bias)?),
+            _ => Ok(()),
+        }
     }
 
     /// A residual branch around `compute`, with its norm before or after as the spec says.
@@ -133,34 +200,60 @@ impl Block<'_> {
         }
     }
 
-    /// Gradient of the block's input from that of its output; parameter gradients are added to `grads`.
+    /// Gradient of the block's input from that of its output; the gradients of what is trained, the weights or the adapters,
+    /// are added to `trained`.
     pub(super) fn backward(
         &self,
         saved: BlockSaved,
         dy: &Tensor,
         pass: &Pass<'_>,
-        grads: &UnitBuffer,
+        trained: &UnitBuffer,
     ) -> Result<Tensor> {
-        let spec = self.spec;
-        let BlockSaved { attention, qkv, attended, softmax, mlp, up, activated } = saved;
+        let (spec, adapted) = (self.spec, &self.adapted);
+        let grads = adapted.adapters.is_none().then_some(trained);
+        let BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low } = saved;
         let dh = self.branch_backward(&mlp, dy, grads, (NORM2, NORM2_BIAS), |dy| {
             let dy = self.dropout(dy, pass, Site::Mlp)?;
-            let d_activated = linear_backward(self.weights, grads, DOWN, DOWN_BIAS, &activated, &dy)?;
-            let d_up = if spec.gated {
-                mlp::gated_backward(&d_activated, &up, spec.activation)?
-            } else {
-                mlp::activation_backward(&d_activated, &up, spec.activation)?
-            };
-            linear_backward(self.weights, grads, UP, UP_BIAS, &mlp.input, &d_up)
+            self.join_backward(&dy, grads, DOWN_MAP)?;
+            let low = adapted.spread_backward(DOWN, &mlp_low.second, &dy, trained)?;
+            let (mut inputs, mut rising) = (Vec::new(), Vec::new());
+            for (piece, Activated { up, activated }) in self.numbers().zip(&activated) {
+                let map = self.inward(DOWN_MAP);
+                let d_activated = linear_backward(self.weights, grads, piece, map, activated, &dy)?;
+                adapted.gather_backward(DOWN, piece, &low, activated, &d_activated, pass, trained)?;
+                let d_up = if spec.gated {
+                    mlp::gated_backward(&d_activated, up, spec.activation)?
+                } else {
+                    mlp::activation_backward(&d_activated, up, spec.activation)?
+                };
+                inputs.push(linear_backward(self.weights, grads, piece, UP_MAP, &mlp.input, &d_up)?);
+                adapted.write_backward(UP, piece, &mlp_low.first, &d_up, trained, &mut rising)?;
+            }
+            let dx = pieces::sum(inputs, pass.tensor, "gradient of the mlp's input")?;
+            adapted.read_backward(UP, rising, &mlp.input, &dx, pass, trained)?;
+            Ok(dx)
         })?;
+        drop((mlp, activated));
         self.branch_backward(&attention, &dh, grads, (NORM1, NORM1_BIAS), |dy| {
             let dy = self.dropout(dy, pass, Site::Attention)?;
-            let d_attended = linear_backward(self.weights, grads, OUTPUT, OUTPUT_BIAS, &attended, &dy)?;
-            let dqkv = attention_backward(&d_attended, &qkv, &attended, &softmax, pass.cu_seqlens, pass.attention)?;
-            if let Some(table) = pass.rope {
-                rope_qkv(&dqkv, spec.heads, spec.kv_heads, table, pass.positions, true)?;
+            self.join_backward(&dy, grads, OUTPUT_MAP)?;
+            let low = adapted.spread_backward(OUTPUT, &attention_low.second, &dy, trained)?;
+            let (mut inputs, mut rising) = (Vec::new(), Vec::new());
+            for ((place, piece), (Attended { qkv, attended }, softmax)) in self.pieces().zip(&attended) {
+                let map = self.inward(OUTPUT_MAP);
+                let d_attended = linear_backward(self.weights, grads, piece, map, attended, &dy)?;
+                adapted.gather_backward(OUTPUT, piece, &low, attended, &d_attended, pass, trained)?;
+                let spec = &pass.attention[place];
+                let dqkv = attention_backward(&d_attended, qkv, attended, softmax, pass.cu_seqlens, spec)?;
+                if let Some(table) = pass.rope {
+                    rope_qkv(&dqkv, spec.heads, spec.kv_heads, table, pass.positions, true)?;
+                }
+                inputs.push(linear_backward(self.weights, grads, piece, QKV_MAP, &attention.input, &dqkv)?);
+                adapted.write_backward(QKV, piece, &attention_low.first, &dqkv, trained, &mut rising)?;
             }
-            linear_backward(self.weights, grads, QKV, QKV_BIAS, &attention.input, &dqkv)
+            let dx = pieces::sum(inputs, pass.tensor, "gradient of the attention's input")?;
+            adapted.read_backward(QKV, rising, &attention.input, &dx, pass, trained)?;
+            Ok(dx)
         })
     }
 
@@ -169,7 +262,7 @@ impl Block<'_> {
         &self,
         saved: &BranchSaved,
         dy: &Tensor,
-        grads: &UnitBuffer,
+        grads: Option<&UnitBuffer>,
         (weight, bias): (&str, &str),
         compute: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {

@@ -1,23 +1,30 @@
 //! The two ends of a model: tokens to hidden rows, and hidden rows to log-probabilities or a score.
 
 use candle_core::Tensor;
-use tandem_kernels::embedding::{add_rows, embedding, embedding_backward};
+use tandem_kernels::embedding::{add_rows, embedding, embedding_backward, embedding_shard, embedding_shard_backward};
 use tandem_kernels::logprob::{self, HeadOut};
 use tandem_kernels::norm::NormStats;
 use tandem_kernels::{dropout, gemm};
 
+use super::exchange;
 use super::linear::{norm, norm_backward};
 use super::pass::Pass;
+use super::pieces;
 use super::spec::{ModelSpec, PositionKind};
 use super::unit::{
     EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT, SCORE, UnitBuffer,
 };
+use crate::parallel::Group;
 use crate::{Error, Result};
 
 /// The unit that holds embedding, final norm and head.
 pub(super) struct Ends<'a> {
     pub(super) spec: &'a ModelSpec,
     pub(super) weights: &'a UnitBuffer,
+    /// The scalar head that is trained along with adapters.
+    pub(super) adapters: Option<&'a UnitBuffer>,
+    /// The ranks that share the vocabulary.
+    pub(super) tensor: &'a Group,
 }
 
 /// What the backward of the embedding needs of its forward.
@@ -43,7 +50,7 @@ const EMBEDDING_SITE: u16 = 0;
 impl Ends<'_> {
     /// Hidden rows `[T, d]` of the tokens `ids`.
     pub(super) fn embed(&self, ids: &[u32], pass: &Pass<'_>) -> Result<(Tensor, EmbedSaved)> {
-        let embedded = embedding(&self.weights.get(EMBEDDING)?, ids)?;
+        let embedded = self.lookup(ids)?;
         let (x, saved) = match self.weights.find(PROJECT_IN)? {
             Some(project) => (gemm::linear(&embedded, &project, None)?, Some(embedded)),
             None => (embedded, None),
@@ -75,7 +82,42 @@ impl Ends<'_> {
             }
             None => dx,
         };
-        Ok(embedding_backward(&d_embedded, ids, &grads.get(EMBEDDING)?)?)
+        for (piece, first) in self.vocabulary() {
+            embedding_shard_backward(&d_embedded, ids, first, &grads.get_of(piece, EMBEDDING)?)?;
+        }
+        Ok(())
+    }
+
+    /// The pieces held here that have entries of the vocabulary, and the first entry of each.
+    fn vocabulary(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let cut = &self.weights.layout().cut;
+        let ranges = cut.held.clone().map(|piece| (piece, cut.piece(self.spec, piece).vocabulary));
+        ranges.filter(|(_, range)| !range.is_empty()).map(|(piece, range)| (piece, range.start))
+    }
+
+    /// Rows of the embedding: each comes from the one piece that has its entry, and is zero in all others.
+    fn lookup(&self, ids: &[u32]) -> Result<Tensor> {
+        if self.weights.layout().cut.pieces == 1 {
+            return Ok(embedding(&self.weights.get(EMBEDDING)?, ids)?);
+        }
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.spec.vocab_size) {
+            let (index, limit) = (id as usize, self.spec.vocab_size);
+            return Err(Error::Kernel(tandem_kernels::Error::Index {
+                op: "embedding",
+                what: "token id",
+                index,
+                limit,
+            }));
+        }
+        let rows = self
+            .vocabulary()
+            .map(|(piece, first)| Ok(embedding_shard(&self.weights.get_of(piece, EMBEDDING)?, first, ids)?));
+        let mut rows = rows.collect::<Result<Vec<_>>>()?;
+        if rows.is_empty() {
+            let width = self.spec.embedding_width();
+            rows.push(Tensor::zeros((ids.len(), width), candle_core::DType::F32, &candle_core::Device::Cpu)?);
+        }
+        pieces::sum(rows, self.tensor, "rows of the embedding")
     }
 
     fn dropout(&self, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
@@ -101,17 +143,19 @@ impl Ends<'_> {
         Ok(HeadRows { h, rows: rows.to_vec(), norm, projected })
     }
 
-    /// Backward of [`Ends::head_rows`]: the gradient of `x [T, d]`, zero in rows that were not selected.
+    /// Backward of [`Ends::head_rows`], adding to `grads` if they are trained: the gradient of `x [T, d]`, zero in rows that were not selected.
     pub(super) fn head_rows_backward(
         &self,
         saved: &HeadRows,
         dh: Tensor,
         tokens: usize,
-        grads: &UnitBuffer,
+        grads: Option<&UnitBuffer>,
     ) -> Result<Tensor> {
         let dh = match &saved.projected {
             Some(input) => {
-                gemm::linear_weight_grad(&dh, input, &grads.get(PROJECT_OUT)?)?;
+                if let Some(grads) = grads {
+                    gemm::linear_weight_grad(&dh, input, &grads.get(PROJECT_OUT)?)?;
+                }
                 gemm::linear_input_grad(&dh, &self.weights.get(PROJECT_OUT)?)?
             }
             None => dh,
@@ -134,10 +178,18 @@ impl Ends<'_> {
 
     /// Log-probability of `labels` and entropy, `[N]` each.
     pub(super) fn log_probs(&self, h: &Tensor, labels: &[u32]) -> Result<HeadOut> {
-        Ok(logprob::head_logprob(h, &self.weights.get(self.head_name())?, None, labels, 1.0)?)
+        if self.weights.layout().cut.pieces == 1 {
+            return Ok(logprob::head_logprob(h, &self.weights.get(self.head_name())?, None, labels, 1.0)?);
+        }
+        let mut mine = Vec::new();
+        for (piece, first) in self.vocabulary() {
+            let w = self.weights.get_of(piece, self.head_name())?;
+            mine.push(logprob::head_partials(h, &w, None, first, labels, 1.0)?);
+        }
+        Ok(logprob::head_finish(&exchange::partials(&mine, labels.len(), self.tensor)?, 1.0)?)
     }
 
-    /// Backward of [`Ends::log_probs`]: the gradient of `h`.
+    /// Backward of [`Ends::log_probs`], adding to `grads` if the head is trained: the gradient of `h`.
     pub(super) fn log_probs_backward(
         &self,
         h: &Tensor,
@@ -145,27 +197,55 @@ impl Ends<'_> {
         out: &HeadOut,
         dlogp: &Tensor,
         dentropy: Option<&Tensor>,
-        grads: &UnitBuffer,
+        grads: Option<&UnitBuffer>,
     ) -> Result<Tensor> {
-        let (w, dw) = (self.weights.get(self.head_name())?, grads.get(self.head_name())?);
-        Ok(logprob::head_logprob_backward(dlogp, dentropy, h, &w, None, labels, out, &dw, None)?)
+        let name = self.head_name();
+        if let (1, Some(grads)) = (self.weights.layout().cut.pieces, grads) {
+            let (w, dw) = (self.weights.get(name)?, grads.get(name)?);
+            return Ok(logprob::head_logprob_backward(dlogp, dentropy, h, &w, None, labels, out, &dw, None)?);
+        }
+        let mut inputs = Vec::new();
+        for (piece, first) in self.vocabulary() {
+            let w = self.weights.get_of(piece, name)?;
+            inputs.push(match grads.map(|grads| grads.get_of(piece, name)).transpose()? {
+                Some(dw) => logprob::head_shard_backward(dlogp, dentropy, h, &w, None, first, labels, out, &dw, None)?,
+                None => logprob::head_shard_input_grad(dlogp, dentropy, h, &w, None, first, labels, out)?,
+            });
+        }
+        if inputs.is_empty() {
+            inputs.push(h.zeros_like()?);
+        }
+        pieces::sum(inputs, self.tensor, "gradient of the head's input")
     }
 
-    /// Logits of few rows, `[N, V]`.
-    pub(super) fn logits(&self, h: &Tensor) -> Result<Tensor> {
-        Ok(logprob::logits(h, &self.weights.get(self.head_name())?, None)?)
+    /// Logits of few rows, `[N, V]` of the entries of each piece held here, and the first entry of each.
+    pub(super) fn logits(&self, h: &Tensor) -> Result<Vec<(usize, Tensor)>> {
+        let of_piece =
+            |(piece, first)| Ok((first, logprob::logits(h, &self.weights.get_of(piece, self.head_name())?, None)?));
+        self.vocabulary().map(of_piece).collect()
+    }
+
+    /// Logits of all entries, `[N, V]`.
+    pub(super) fn all_logits(&self, h: &Tensor) -> Result<Tensor> {
+        let mine: Vec<Tensor> = self.logits(h)?.into_iter().map(|(_, logits)| logits).collect();
+        exchange::columns(&mine, h.dims()[0], self.tensor)
     }
 
     /// Scores `[N]` of a scalar head.
     pub(super) fn scores(&self, h: &Tensor) -> Result<Tensor> {
-        Ok(gemm::linear(h, &self.weights.get(SCORE)?, None)?.flatten_all()?)
+        Ok(gemm::linear(h, &self.score()?, None)?.flatten_all()?)
+    }
+
+    /// The scalar head, `[1, e]`.
+    fn score(&self) -> Result<Tensor> {
+        self.adapters.unwrap_or(self.weights).get(SCORE)
     }
 
     /// Backward of [`Ends::scores`]: the gradient of `h`.
     pub(super) fn scores_backward(&self, h: &Tensor, dscores: &Tensor, grads: &UnitBuffer) -> Result<Tensor> {
         let dy = dscores.reshape((h.dims()[0], 1))?.contiguous()?;
         gemm::linear_weight_grad(&dy, h, &grads.get(SCORE)?)?;
-        Ok(gemm::linear_input_grad(&dy, &self.weights.get(SCORE)?)?)
+        Ok(gemm::linear_input_grad(&dy, &self.score()?)?)
     }
 }
 

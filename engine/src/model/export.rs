@@ -11,10 +11,10 @@ use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 use tandem_store::{StagedFile, Staging};
 
+use super::Model;
 use super::families::{self, RewardScale, TensorMap};
 use super::import::fill::check_finite;
-use super::spec::ModelSpec;
-use super::unit::{Head, UnitBuffer, UnitId, UnitLayout};
+use super::unit::{Head, UnitBuffer};
 use crate::{Error, Result};
 
 /// Elements that are encoded at once.
@@ -101,22 +101,84 @@ impl Default for ExportOptions {
 
 /// Writes `config.json`, `generation_config.json` and the weights of a model into a folder being staged.
 ///
-/// `units` are the ends, then the blocks; `original` is the config that the model was imported with, if it was.
+/// `original` is the config that the model was imported with, if it was. All ranks call it together; only rank 0 of the world
+/// has a `staging`, the others bring what they hold.
 ///
 /// # Errors
-/// If the family has no name for a parameter, the units are not those of the spec, a weight is not finite (in the element
-/// type asked for), or a file cannot be written.
+/// If the family has no name for a parameter, a weight is not finite (in the element type asked for), a file cannot be
+/// written, or ranks have lost each other. After an error of rank 0, all ranks have still made the same calls.
 pub fn write(
-    spec: &ModelSpec,
-    head: Head,
-    units: &[UnitBuffer],
+    model: &Model,
     original: Option<&Value>,
     options: &ExportOptions,
+    staging: Option<&mut Staging>,
+) -> Result<()> {
+    let mut maps = families::tensors(model.spec(), model.head())?;
+    maps.sort_by(|a, b| a.name.cmp(&b.name));
+    let bring = |unit| model.whole_unit(unit);
+    let mut units = Units::of(&maps, &bring);
+    let written = match staging {
+        Some(staging) => write_folder(model, &maps, original, options, &mut units, staging),
+        None => Ok(()),
+    };
+    // What is left to bring, everything on ranks that do not write.
+    let brought = units.skip_rest();
+    written.and(brought)
+}
+
+/// Units in the order in which the tensors of a folder need them, each brought to rank 0 when it is its turn.
+pub(crate) struct Units<'a> {
+    order: Vec<usize>,
+    next: usize,
+    bring: &'a dyn Fn(usize) -> Result<Option<UnitBuffer>>,
+    current: Option<(usize, UnitBuffer)>,
+}
+
+/// The unit of each tensor, neighbours with the same one counted once.
+fn unit_order(maps: &[TensorMap]) -> Vec<usize> {
+    let mut order: Vec<usize> = maps.iter().map(|map| map.unit.index()).collect();
+    order.dedup();
+    order
+}
+
+impl<'a> Units<'a> {
+    /// The units that `maps` need; `bring` is called on all ranks together and returns them on rank 0.
+    pub(crate) fn of(maps: &[TensorMap], bring: &'a dyn Fn(usize) -> Result<Option<UnitBuffer>>) -> Self {
+        Self { order: unit_order(maps), next: 0, bring, current: None }
+    }
+
+    fn get(&mut self, unit: usize) -> Result<&UnitBuffer> {
+        if self.current.as_ref().is_none_or(|(current, _)| *current != unit) {
+            self.current = None;
+            self.next += 1;
+            let layouts = self.order.len();
+            let brought = (self.bring)(unit)?;
+            self.current = Some((unit, brought.ok_or(Error::UnitCount { expected: layouts, got: 0 })?));
+        }
+        match &self.current {
+            Some((_, buffer)) => Ok(buffer),
+            None => Err(Error::UnitCount { expected: 1, got: 0 }),
+        }
+    }
+
+    /// Brings what has not been asked for: everything on ranks that do not write.
+    pub(crate) fn skip_rest(&mut self) -> Result<()> {
+        for &unit in &self.order[self.next..] {
+            (self.bring)(unit)?;
+        }
+        Ok(())
+    }
+}
+
+fn write_folder(
+    model: &Model,
+    maps: &[TensorMap],
+    original: Option<&Value>,
+    options: &ExportOptions,
+    units: &mut Units<'_>,
     staging: &mut Staging,
 ) -> Result<()> {
-    check_units(spec, head, units)?;
-    let mut maps = families::tensors(spec, head)?;
-    maps.sort_by(|a, b| a.name.cmp(&b.name));
+    let (spec, head) = (model.spec(), model.head());
 
     let config = families::write_config(spec, head, original, options.dtype.name(), options.reward_scale);
     let (config, generation) = with_special_ids(config, options);
@@ -125,7 +187,7 @@ pub fn write(
         staging.write("generation_config.json", &pretty(&generation))?;
     }
 
-    let shards = shards(&maps, options);
+    let shards = shards(maps, options);
     let names = shard_names(shards.len());
     for (name, shard) in names.iter().zip(&shards) {
         write_weights(name, shard, units, options.dtype, staging)?;
@@ -141,19 +203,6 @@ pub fn write(
         staging.write("model.safetensors.index.json", &pretty(&index))?;
     }
     Ok(())
-}
-
-fn check_units(spec: &ModelSpec, head: Head, units: &[UnitBuffer]) -> Result<()> {
-    let layouts = UnitLayout::all(spec, head);
-    if layouts.len() != units.len() {
-        return Err(Error::UnitCount { expected: layouts.len(), got: units.len() });
-    }
-    match layouts.iter().zip(units).find(|(layout, unit)| **layout != **unit.layout()) {
-        None => Ok(()),
-        Some((layout, unit)) => {
-            Err(Error::BufferLength { unit: layout.id, expected: layout.len(), got: unit.layout().len() })
-        }
-    }
 }
 
 /// The config with the ids in it, and the `generation_config.json` beside it.
@@ -176,7 +225,7 @@ fn with_special_ids(mut config: Value, options: &ExportOptions) -> (Value, Value
     (config, Value::Object(generation))
 }
 
-fn pretty(value: &Value) -> Vec<u8> {
+pub(crate) fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
@@ -208,10 +257,10 @@ fn shard_names(count: usize) -> Vec<String> {
 }
 
 /// Writes one safetensors file.
-fn write_weights(
+pub(crate) fn write_weights(
     name: &str,
     maps: &[TensorMap],
-    units: &[UnitBuffer],
+    units: &mut Units<'_>,
     dtype: ExportDtype,
     staging: &mut Staging,
 ) -> Result<()> {
@@ -222,11 +271,7 @@ fn write_weights(
     file.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
     file.write_all(header.as_bytes()).map_err(failed)?;
     for map in maps {
-        let unit = match map.unit {
-            UnitId::Ends => &units[0],
-            UnitId::Block(index) => &units[index + 1],
-        };
-        write_tensor(&path, map, unit, dtype, &mut file)?;
+        write_tensor(&path, map, units.get(map.unit.index())?, dtype, &mut file)?;
     }
     Ok(file.finish()?)
 }

@@ -1,45 +1,61 @@
 //! The model: units, and passes over packed batches through them.
 
 mod block;
+mod choose;
 mod ends;
+mod exchange;
 pub mod export;
 pub mod families;
 pub mod gguf;
 pub mod import;
+mod infer;
 mod linear;
+pub mod lora;
 mod names;
 mod pass;
+mod pieces;
+mod placed;
 pub mod spec;
 mod trace;
 pub mod unit;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, attention, decode_attention};
+use tandem_kernels::attention::AttentionSpec;
 use tandem_kernels::rope::RopeTable;
 
 pub use pass::Dropout;
 pub use trace::{Recompute, Trace};
 
-use crate::batch::Packed;
-use crate::{Error, Result};
+use crate::parallel::{Fetched, Group, Parallel, Weights};
+use crate::{Error, Packed, Result};
 use block::Block;
-use ends::{Ends, check_targets};
+use ends::Ends;
+use lora::{Adapted, Adapters};
 use pass::{Pass, PassDropout};
 use spec::{ModelSpec, PositionKind};
-use unit::{Head, UnitBuffer, UnitLayout};
+use unit::{Content, Cut, Head, UnitBuffer, UnitLayout};
 
-/// A model: its spec, its head and the weights of its units.
+/// A model: its spec, its head and what this rank holds of the weights of its units.
 ///
-/// Clones share the weights.
+/// Clones share the weights. With several ranks, all those that hold parts of one model call its methods together.
 #[derive(Clone, Debug)]
 pub struct Model {
     spec: ModelSpec,
     head: Head,
-    units: Vec<UnitBuffer>,
+    weights: Weights,
+    adapters: Option<Adapters>,
+    cut: Cut,
+    /// The blocks held here: all but in a pipeline.
+    blocks: Range<usize>,
+    parallel: Arc<Parallel>,
+    /// The ranks that share every block.
+    tensor: Arc<Group>,
     rope: Option<RopeTable>,
-    attention: AttentionSpec,
+    /// The attention of each piece held here.
+    attention: Vec<AttentionSpec>,
 }
 
 /// Log-probability of labels and entropy of the distributions they come from, `[N]` each, in nats.
@@ -51,8 +67,21 @@ pub struct LogProbs {
     pub entropy: Tensor,
 }
 
+/// One unit of a model for as long as it is needed.
+struct Unit {
+    weights: Fetched,
+    adapters: Option<Fetched>,
+}
+
+impl std::ops::Deref for Unit {
+    type Target = UnitBuffer;
+    fn deref(&self) -> &UnitBuffer {
+        &self.weights
+    }
+}
+
 impl Model {
-    /// A model of given weights: the ends first, then the blocks.
+    /// A model of given weights on one rank: the ends first, then the blocks.
     ///
     /// # Errors
     /// If the units are not those of the spec, or the rotary table cannot be made.
@@ -66,21 +95,39 @@ impl Model {
         if layouts.len() != units.len() {
             return Err(Error::UnitCount { expected: layouts.len(), got: units.len() });
         }
+        let parallel = Parallel::solo();
+        let (tensor, blocks) = (parallel.tensor.clone(), 0..spec.layers);
+        Self::assemble(spec, head, Weights::solo(units), Cut::none(), blocks, parallel, tensor)
+    }
+
+    fn assemble(
+        spec: ModelSpec,
+        head: Head,
+        weights: Weights,
+        cut: Cut,
+        blocks: Range<usize>,
+        parallel: Arc<Parallel>,
+        tensor: Arc<Group>,
+    ) -> Result<Self> {
         let rope = match spec.positions {
             PositionKind::Rotary { theta, scaling } => {
                 Some(RopeTable::new(spec.head_dim, spec.max_positions, theta, scaling)?)
             }
             PositionKind::Learned { .. } => None,
         };
-        let attention = AttentionSpec {
-            heads: spec.heads,
-            kv_heads: spec.kv_heads,
-            head_dim: spec.head_dim,
-            causal: true,
-            window: spec.window,
-            scale: 1.0 / (spec.head_dim as f32).sqrt(),
+        let attention = |index: usize| {
+            let piece = cut.piece(&spec, index);
+            AttentionSpec {
+                heads: piece.heads.len(),
+                kv_heads: piece.kv_heads.len(),
+                head_dim: spec.head_dim,
+                causal: true,
+                window: spec.window,
+                scale: 1.0 / (spec.head_dim as f32).sqrt(),
+            }
         };
-        Ok(Self { spec, head, units, rope, attention })
+        let attention = cut.held.clone().map(attention).collect();
+        Ok(Self { spec, head, weights, adapters: None, cut, blocks, parallel, tensor, rope, attention })
     }
 
     /// A model with initial weights drawn from `seed`.
@@ -94,13 +141,18 @@ impl Model {
         Self::from_parts(spec, head, units)
     }
 
-    /// A copy that shares no weight with this one: a reference policy, for instance.
+    /// A copy that shares nothing with this one that training changes: a reference policy, for instance. The base of adapters,
+    /// which nothing changes, is shared.
     ///
     /// # Errors
     /// If the memory cannot be had.
     pub fn duplicate(&self) -> Result<Self> {
-        let units = self.units.iter().map(UnitBuffer::duplicate).collect::<Result<_>>()?;
-        Ok(Self { units, ..self.clone() })
+        let mut copy = self.clone();
+        match &mut copy.adapters {
+            Some(adapters) => adapters.weights = adapters.weights.duplicate()?,
+            None => copy.weights = self.weights.duplicate()?,
+        }
+        Ok(copy)
     }
 
     /// What the model is.
@@ -113,123 +165,103 @@ impl Model {
         self.head
     }
 
-    /// Its weights: the ends, then the blocks.
-    pub fn units(&self) -> &[UnitBuffer] {
-        &self.units
-    }
-
-    /// Number of parameters.
-    pub fn parameters(&self) -> usize {
-        self.units.iter().map(|unit| unit.layout().len()).sum()
-    }
-
-    /// Zero buffers of the units' layouts, as for gradients.
+    /// What this rank holds of the weights, without adapters: the ends, then the blocks. Where weights are sliced, they are
+    /// brought together: for looking at a model, and for models that fit one rank.
     ///
     /// # Errors
-    /// If the memory cannot be had.
-    pub fn zeros_like_units(&self) -> Result<Vec<UnitBuffer>> {
-        self.units.iter().map(|unit| UnitBuffer::zeros(unit.layout())).collect()
+    /// If ranks have lost each other.
+    pub fn units(&self) -> Result<Vec<UnitBuffer>> {
+        (0..=self.spec.layers).map(|index| self.weights.fetch(index, None)?.copied()).collect()
     }
 
-    fn ends(&self) -> Ends<'_> {
-        Ends { spec: &self.spec, weights: &self.units[0] }
+    /// The layouts of what this rank computes, without adapters.
+    pub fn layouts(&self) -> Vec<Arc<UnitLayout>> {
+        self.weights.layouts()
     }
 
-    fn block(&self, index: usize) -> Block<'_> {
-        Block { spec: &self.spec, index, weights: &self.units[index + 1] }
+    /// The layouts of what this rank trains: the adapters if there are any, else the weights.
+    pub fn trained_layouts(&self) -> Vec<Arc<UnitLayout>> {
+        self.trained().layouts()
+    }
+
+    /// Number of parameters of the whole model, without adapters.
+    pub fn parameters(&self) -> usize {
+        UnitLayout::all(&self.spec, self.head).iter().map(UnitLayout::len).sum()
+    }
+
+    /// Number of parameters that are trained.
+    pub fn trained_parameters(&self) -> usize {
+        UnitLayout::all(&self.spec, self.trained_content()).iter().map(UnitLayout::len).sum()
+    }
+
+    /// This rank's place.
+    pub fn parallel(&self) -> &Arc<Parallel> {
+        &self.parallel
+    }
+
+    /// What is trained: the adapters if there are any, else the weights.
+    pub(crate) fn trained(&self) -> &Weights {
+        self.adapters.as_ref().map_or(&self.weights, |adapters| &adapters.weights)
+    }
+
+    /// What the units that are trained hold.
+    pub(crate) fn trained_content(&self) -> Content {
+        match &self.adapters {
+            Some(adapters) => Content::Adapters(adapters.set.clone()),
+            None => Content::Weights(self.head),
+        }
+    }
+
+    pub(crate) fn cut(&self) -> &Cut {
+        &self.cut
+    }
+
+    /// The attention of each piece held here.
+    pub(crate) fn attention(&self) -> &[AttentionSpec] {
+        &self.attention
+    }
+
+    /// The weights and adapters of unit `index`, while those of `next` may already be on their way.
+    fn unit(&self, index: usize, next: impl IntoIterator<Item = usize, IntoIter: Clone>) -> Result<Unit> {
+        let next = next.into_iter();
+        let weights = self.weights.fetch(index, next.clone())?;
+        let adapters = self.adapters.as_ref().map(|adapters| adapters.weights.fetch(index, next)).transpose()?;
+        Ok(Unit { weights, adapters })
+    }
+
+    fn ends<'a>(&'a self, unit: &'a Unit) -> Ends<'a> {
+        Ends { spec: &self.spec, weights: unit, adapters: unit.adapters.as_deref(), tensor: &self.tensor }
+    }
+
+    fn block<'a>(&'a self, index: usize, unit: &'a Unit) -> Block<'a> {
+        let adapters = self.adapters.as_ref().zip(unit.adapters.as_deref());
+        let adapted = Adapted { spec: &self.spec, index, adapters };
+        Block { spec: &self.spec, index, weights: unit, adapted }
+    }
+
+    /// The gradients of a unit, if those of the weights are wanted.
+    fn base_grads<'a>(&self, grads: &'a UnitBuffer) -> Option<&'a UnitBuffer> {
+        self.adapters.is_none().then_some(grads)
+    }
+
+    fn dropout_of(&self, dropout: Option<Dropout>, batch: &Packed) -> Option<PassDropout> {
+        PassDropout::of(dropout, self.lora().map_or(0.0, |lora| lora.dropout), batch)
     }
 
     fn pass<'a>(&'a self, cu_seqlens: &'a [u32], positions: &'a [u32], dropout: Option<PassDropout>) -> Pass<'a> {
-        Pass { attention: &self.attention, rope: self.rope.as_ref(), cu_seqlens, positions, dropout }
+        let (attention, tensor) = (&*self.attention, &*self.tensor);
+        Pass { attention, tensor, rope: self.rope.as_ref(), cu_seqlens, positions, dropout }
     }
 
-    /// Hidden rows `[T, d]` after the last block, keeping nothing and dropping nothing.
-    fn hidden(&self, batch: &Packed) -> Result<Tensor> {
-        batch.check(self.spec.max_positions)?;
-        let pass = self.pass(&batch.cu_seqlens, &batch.positions, None);
-        let (mut x, _) = self.ends().embed(&batch.ids, &pass)?;
-        for index in 0..self.spec.layers {
-            x = self.block(index).infer(&x, &pass, |qkv| Ok(attention(qkv, pass.cu_seqlens, pass.attention)?.0))?;
-        }
-        Ok(x)
+    /// The units that a forward goes through after the block `index`, in order.
+    fn after(&self, index: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        let ends = self.parallel.is_last_stage().then_some(0);
+        (index + 2..self.blocks.end + 1).chain(ends)
     }
 
-    /// Log-probability that row `rows[n]` of the batch gives to the token `labels[n]`.
-    ///
-    /// This is *the* log-probability: what the sampler records, what the reference policy scores and what training
-    /// differentiates agree bit for bit. There is no dropout here.
-    ///
-    /// # Errors
-    /// If the batch does not fit the model or a row or label does not exist.
-    pub fn log_probs(&self, batch: &Packed, rows: &[u32], labels: &[u32]) -> Result<LogProbs> {
-        check_targets(batch.tokens(), rows, Some(labels))?;
-        let x = self.hidden(batch)?;
-        let selected = self.ends().head_rows(&x, rows)?;
-        let out = self.ends().log_probs(&selected.h, labels)?;
-        Ok(LogProbs { logp: out.logp, entropy: out.entropy })
-    }
-
-    /// Score `[N]` at each of `rows` of the batch; for models with a scalar head.
-    ///
-    /// # Errors
-    /// If the batch does not fit the model, a row does not exist or the head is not scalar.
-    pub fn scores(&self, batch: &Packed, rows: &[u32]) -> Result<Tensor> {
-        check_targets(batch.tokens(), rows, None)?;
-        let x = self.hidden(batch)?;
-        let selected = self.ends().head_rows(&x, rows)?;
-        self.ends().scores(&selected.h)
-    }
-
-    /// Logits of every row, `[T, V]`: for tests and for looking at a model; training never stores them.
-    ///
-    /// # Errors
-    /// If the batch does not fit the model.
-    pub fn logits(&self, batch: &Packed) -> Result<Tensor> {
-        let x = self.hidden(batch)?;
-        let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
-        self.ends().logits(&self.ends().head_rows(&x, &rows)?.h)
-    }
-
-    /// Reads prompts into the cache, sequence `b` into slot `slots[b]`; returns the last row of each as it enters the
-    /// head, `[B, e]`.
-    pub(crate) fn prefill(&self, batch: &Packed, cache: &[KvCacheLayer], slots: &[usize]) -> Result<Tensor> {
-        batch.check(self.spec.max_positions)?;
-        let entries: Vec<(usize, usize)> = slots
-            .iter()
-            .enumerate()
-            .flat_map(|(sequence, &slot)| (0..batch.rows(sequence).len()).map(move |position| (slot, position)))
-            .collect();
-        let pass = self.pass(&batch.cu_seqlens, &batch.positions, None);
-        let (mut x, _) = self.ends().embed(&batch.ids, &pass)?;
-        for (index, layer) in cache.iter().enumerate() {
-            x = self.block(index).infer(&x, &pass, |qkv| {
-                layer.append(qkv, self.spec.heads, &entries)?;
-                Ok(attention(qkv, pass.cu_seqlens, pass.attention)?.0)
-            })?;
-        }
-        let last: Vec<u32> = batch.cu_seqlens[1..].iter().map(|end| end - 1).collect();
-        Ok(self.ends().head_rows(&x, &last)?.h)
-    }
-
-    /// One token per active slot: token `ids[r]` at position `places[r].1` of slot `places[r].0`; returns the rows as
-    /// they enter the head, `[R, e]`.
-    pub(crate) fn decode(&self, ids: &[u32], places: &[(usize, usize)], cache: &[KvCacheLayer]) -> Result<Tensor> {
-        let positions: Vec<u32> = places.iter().map(|&(_, position)| position as u32).collect();
-        let visible: Vec<(usize, usize)> = places.iter().map(|&(slot, position)| (slot, position + 1)).collect();
-        let pass = self.pass(&[], &positions, None);
-        let (mut x, _) = self.ends().embed(ids, &pass)?;
-        for (index, layer) in cache.iter().enumerate() {
-            x = self.block(index).infer(&x, &pass, |qkv| {
-                layer.append(qkv, self.spec.heads, places)?;
-                Ok(decode_attention(qkv, layer, &visible, pass.attention)?)
-            })?;
-        }
-        let all: Vec<u32> = (0..ids.len() as u32).collect();
-        Ok(self.ends().head_rows(&x, &all)?.h)
-    }
-
-    /// Logits of rows that [`Model::prefill`] or [`Model::decode`] returned, `[R, V]`.
-    pub(crate) fn head_logits(&self, h: &Tensor) -> Result<Tensor> {
-        self.ends().logits(h)
+    /// The units that a backward goes through after the block `index`, in order.
+    fn before(&self, index: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        let ends = (self.parallel.is_first_stage() && self.embeds_with_projection()).then_some(0);
+        (self.blocks.start + 1..index + 1).rev().chain(ends)
     }
 }

@@ -50,7 +50,7 @@ pub enum Part {
 
 impl Part {
     /// First row and number of rows in a parameter of `all` rows.
-    fn range(self, spec: &ModelSpec, all: usize) -> (usize, usize) {
+    pub(crate) fn range(self, spec: &ModelSpec, all: usize) -> (usize, usize) {
         let (query, key) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         match self {
             Part::Whole => (0, all),

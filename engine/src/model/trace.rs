@@ -3,12 +3,13 @@
 use candle_core::{Tensor, Var};
 
 use super::block::BlockSaved;
-use super::ends::{EmbedSaved, check_targets};
-use super::pass::{Dropout, PassDropout};
-use super::unit::UnitBuffer;
+use super::ends::{EmbedSaved, Ends, check_targets};
+use super::pass::Dropout;
+use super::unit::Head;
 use super::{LogProbs, Model};
 use crate::Result;
 use crate::batch::Packed;
+use crate::parallel::{Gradients, pipeline};
 
 /// Whether a block's forward runs again in the backward instead of keeping its intermediate values. Same bits either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,10 +25,13 @@ pub struct Trace<'a> {
     model: &'a Model,
     batch: &'a Packed,
     dropout: Option<Dropout>,
-    embed: EmbedSaved,
+    /// On the first stage of a pipeline.
+    embed: Option<EmbedSaved>,
     kept: Vec<Kept>,
-    /// Hidden rows after the last block, `[T, d]`.
-    x: Tensor,
+    /// Hidden rows after the last block, `[T, d]`, on the last stage.
+    x: Option<Tensor>,
+    /// What the head has added to the gradient of the ends, where the first stage of the pipeline goes on adding to it.
+    head_gradient: Option<Tensor>,
 }
 
 /// What is kept of one block.
@@ -37,24 +41,89 @@ enum Kept {
 }
 
 impl Model {
-    /// Runs the forward over `batch` and keeps what the backward needs.
+    /// Runs the forward over `batch` and keeps what the backward needs. In a pipeline, rows come from the stage before and go
+    /// to the next one.
     ///
     /// # Errors
     /// If the batch does not fit the model.
     pub fn trace<'a>(&'a self, batch: &'a Packed, dropout: Option<Dropout>, recompute: Recompute) -> Result<Trace<'a>> {
         batch.check(self.spec.max_positions)?;
-        let pass = self.pass(&batch.cu_seqlens, &batch.positions, PassDropout::of(dropout, batch));
-        let (mut x, embed) = self.ends().embed(&batch.ids, &pass)?;
-        let mut kept = Vec::with_capacity(self.spec.layers);
-        for index in 0..self.spec.layers {
-            let (y, saved) = self.block(index).forward(&x, &pass)?;
+        let pass = self.pass(&batch.cu_seqlens, &batch.positions, self.dropout_of(dropout, batch));
+        let (mut x, embed) = if self.parallel.is_first_stage() {
+            let ends = self.unit(0, self.blocks.clone().map(|block| block + 1))?;
+            let (x, embed) = self.ends(&ends).embed(&batch.ids, &pass)?;
+            (x, Some(embed))
+        } else {
+            let way = pipeline::Direction::Forward;
+            (pipeline::receive_rows(&self.parallel, batch.tokens(), self.spec.hidden, way)?, None)
+        };
+        let mut kept = Vec::with_capacity(self.blocks.len());
+        for index in self.blocks.clone() {
+            let unit = self.unit(index + 1, self.after(index))?;
+            let (y, saved) = self.block(index, &unit).forward(&x, &pass)?;
             kept.push(match recompute {
                 Recompute::On => Kept::Input(x),
                 Recompute::Off => Kept::All(saved),
             });
             x = y;
         }
-        Ok(Trace { model: self, batch, dropout, embed, kept, x })
+        if self.parallel.is_last_stage() {
+            return Ok(Trace { model: self, batch, dropout, embed, kept, x: Some(x), head_gradient: None });
+        }
+        pipeline::send_rows(&self.parallel, &x, pipeline::Direction::Forward)?;
+        Ok(Trace { model: self, batch, dropout, embed, kept, x: None, head_gradient: None })
+    }
+
+    /// A forward in which this rank has no rows: it only helps to bring sliced weights together.
+    pub(crate) fn join_forward(&self) -> Result<()> {
+        if self.parallel.is_first_stage() {
+            self.unit(0, self.blocks.clone().map(|block| block + 1))?;
+        }
+        for index in self.blocks.clone() {
+            self.unit(index + 1, self.after(index))?;
+        }
+        Ok(())
+    }
+
+    /// The backward of [`Self::join_forward`], which also takes part in adding up gradients.
+    pub(crate) fn join_backward(&self, grads: &mut Gradients) -> Result<()> {
+        let (first, last) = (self.parallel.is_first_stage(), self.parallel.is_last_stage());
+        if last {
+            self.unit(0, self.last_block())?;
+            grads.open(0)?;
+            if !first {
+                grads.close(0)?;
+            }
+        }
+        for index in self.blocks.clone().rev() {
+            self.unit(index + 1, self.before(index))?;
+            grads.open(index + 1)?;
+            grads.close(index + 1)?;
+        }
+        if first {
+            if self.embeds_with_projection() {
+                self.unit(0, None)?;
+            }
+            grads.open(0)?;
+            grads.close(0)?;
+        }
+        grads.end_pass()
+    }
+
+    /// The first unit that a backward goes through after the head.
+    fn last_block(&self) -> Option<usize> {
+        (!self.blocks.is_empty()).then_some(self.blocks.end)
+    }
+
+    /// Whether the embedding is the head of another stage, so that both add to one gradient: the head first, as on one rank.
+    fn shares_embedding(&self) -> bool {
+        let is_trained = self.adapters.is_none();
+        is_trained && self.spec.tied && self.head == Head::Language && self.parallel.mesh.pipeline > 1
+    }
+
+    /// Whether the backward of the embedding needs weights. There is none beside adapters, for it has nothing to train.
+    pub(super) fn embeds_with_projection(&self) -> bool {
+        self.adapters.is_none() && self.spec.embedding_width.is_some_and(|width| width != self.spec.hidden)
     }
 }
 
@@ -62,20 +131,26 @@ impl Trace<'_> {
     /// Adds to `grads` the gradient of `loss`, a function of the log-probabilities of `labels` at `rows` of the batch.
     ///
     /// `loss` gets `[N]` tensors and returns a scalar: a *sum* over the rows, which the optimizer step divides by the global
-    /// count. Returns its value and the log-probabilities.
+    /// count. Returns its value and the log-probabilities; `None` on a rank that is not the last stage of its pipeline, where
+    /// `loss` is not called.
     ///
     /// # Errors
     /// If a row or label does not exist, or `loss` fails.
     pub fn backward_log_probs(
-        self,
+        mut self,
         rows: &[u32],
         labels: &[u32],
-        grads: &[UnitBuffer],
+        grads: &mut Gradients,
         loss: impl FnOnce(&LogProbs) -> Result<Tensor>,
-    ) -> Result<(f64, LogProbs)> {
+    ) -> Result<Option<(f64, LogProbs)>> {
         check_targets(self.batch.tokens(), rows, Some(labels))?;
-        let ends = self.model.ends();
-        let selected = ends.head_rows(&self.x, rows)?;
+        let Some(x) = self.x.take() else {
+            self.backward(None, grads)?;
+            return Ok(None);
+        };
+        let unit = self.model.unit(0, self.model.last_block())?;
+        let ends = self.model.ends(&unit);
+        let selected = ends.head_rows(&x, rows)?;
         let out = ends.log_probs(&selected.h, labels)?;
         let (logp, entropy) = (Var::from_tensor(&out.logp)?, Var::from_tensor(&out.entropy)?);
         let value = loss(&LogProbs { logp: logp.as_tensor().clone(), entropy: entropy.as_tensor().clone() })?;
@@ -86,11 +161,17 @@ impl Trace<'_> {
             None => out.logp.zeros_like()?,
         };
         let value = scalar(&value)?;
-        let dh = ends.log_probs_backward(&selected.h, labels, &out, &dlogp, dentropy.as_ref(), &grads[0])?;
-        let dx = ends.head_rows_backward(&selected, dh, self.batch.tokens(), &grads[0])?;
-        drop(selected);
-        self.backward(dx, grads)?;
-        Ok((value, LogProbs { logp: out.logp, entropy: out.entropy }))
+        let buffer = grads.open(0)?;
+        let trained = self.model.base_grads(&buffer);
+        let dh = ends.log_probs_backward(&selected.h, labels, &out, &dlogp, dentropy.as_ref(), trained)?;
+        let dx = ends.head_rows_backward(&selected, dh, self.batch.tokens(), trained)?;
+        if self.model.shares_embedding() {
+            self.head_gradient = Some(buffer.flat().copy()?);
+            buffer.clear()?;
+        }
+        drop((selected, unit, x, buffer));
+        self.backward(Some(dx), grads)?;
+        Ok(Some((value, LogProbs { logp: out.logp, entropy: out.entropy })))
     }
 
     /// Adds to `grads` the gradient of `loss`, a function of the scores at `rows` of the batch.
@@ -100,14 +181,19 @@ impl Trace<'_> {
     /// # Errors
     /// If a row does not exist or `loss` fails.
     pub fn backward_scores(
-        self,
+        mut self,
         rows: &[u32],
-        grads: &[UnitBuffer],
+        grads: &mut Gradients,
         loss: impl FnOnce(&Tensor) -> Result<Tensor>,
-    ) -> Result<(f64, Tensor)> {
+    ) -> Result<Option<(f64, Tensor)>> {
         check_targets(self.batch.tokens(), rows, None)?;
-        let ends = self.model.ends();
-        let selected = ends.head_rows(&self.x, rows)?;
+        let Some(x) = self.x.take() else {
+            self.backward(None, grads)?;
+            return Ok(None);
+        };
+        let unit = self.model.unit(0, self.model.last_block())?;
+        let ends = self.model.ends(&unit);
+        let selected = ends.head_rows(&x, rows)?;
         let scores = ends.scores(&selected.h)?;
         let leaf = Var::from_tensor(&scores)?;
         let value = loss(leaf.as_tensor())?;
@@ -116,27 +202,66 @@ impl Trace<'_> {
             None => scores.zeros_like()?,
         };
         let value = scalar(&value)?;
-        let dh = ends.scores_backward(&selected.h, &dscores, &grads[0])?;
-        let dx = ends.head_rows_backward(&selected, dh, self.batch.tokens(), &grads[0])?;
-        drop(selected);
-        self.backward(dx, grads)?;
-        Ok((value, scores))
+        let buffer = grads.open(0)?;
+        let dh = ends.scores_backward(&selected.h, &dscores, &buffer)?;
+        let dx = ends.head_rows_backward(&selected, dh, self.batch.tokens(), self.model.base_grads(&buffer))?;
+        drop((selected, unit, x));
+        self.backward(Some(dx), grads)?;
+        Ok(Some((value, scores)))
     }
 
-    /// Backward through blocks and embedding from the gradient `dx [T, d]` of the last hidden rows.
-    fn backward(self, mut dx: Tensor, grads: &[UnitBuffer]) -> Result<()> {
-        let Trace { model, batch, dropout, embed, mut kept, x: _ } = self;
-        let pass = model.pass(&batch.cu_seqlens, &batch.positions, PassDropout::of(dropout, batch));
+    /// Backward through blocks and embedding from the gradient `dx [T, d]` of the last hidden rows, or, on earlier stages of a
+    /// pipeline, from what the next stage sends.
+    fn backward(self, dx: Option<Tensor>, grads: &mut Gradients) -> Result<()> {
+        let Trace { model, batch, dropout, embed, mut kept, x: _, head_gradient } = self;
+        let parallel = &model.parallel;
+        let way = pipeline::Direction::Backward;
+        if parallel.is_last_stage() && !parallel.is_first_stage() {
+            grads.close(0)?;
+        }
+        let mut dx = match dx {
+            Some(dx) => dx,
+            None => pipeline::receive_rows(parallel, batch.tokens(), model.spec.hidden, way)?,
+        };
+        let pass = model.pass(&batch.cu_seqlens, &batch.positions, model.dropout_of(dropout, batch));
+        let mut index = model.blocks.end;
         while let Some(last) = kept.pop() {
-            let index = kept.len();
-            let block = model.block(index);
+            index -= 1;
+            let unit = model.unit(index + 1, model.before(index))?;
+            let block = model.block(index, &unit);
             let saved = match last {
                 Kept::All(saved) => saved,
                 Kept::Input(x) => block.forward(&x, &pass)?.1,
             };
-            dx = block.backward(saved, &dx, &pass, &grads[index + 1])?;
+            let buffer = grads.open(index + 1)?;
+            dx = block.backward(saved, &dx, &pass, &buffer)?;
+            drop((buffer, unit));
+            grads.close(index + 1)?;
         }
-        model.ends().embed_backward(&embed, &batch.ids, dx, &pass, &grads[0])
+        match embed {
+            None => {
+                pipeline::send_rows(parallel, &dx, way)?;
+                if let Some(gradient) = head_gradient {
+                    pipeline::send_ends(parallel, &gradient)?;
+                }
+            }
+            Some(embed) => {
+                let unit = if model.embeds_with_projection() { Some(model.unit(0, None)?) } else { None };
+                let buffer = grads.open(0)?;
+                if model.shares_embedding() {
+                    pipeline::receive_ends(parallel, buffer.flat())?;
+                }
+                if let Some(trained) = model.base_grads(&buffer) {
+                    // Without a projection the backward of the embedding needs the layout only.
+                    let weights = unit.as_deref().unwrap_or(trained);
+                    let ends = Ends { spec: &model.spec, weights, adapters: None, tensor: &model.tensor };
+                    ends.embed_backward(&embed, &batch.ids, dx, &pass, trained)?;
+                }
+                drop(buffer);
+                grads.close(0)?;
+            }
+        }
+        grads.end_pass()
     }
 }
 

@@ -1,9 +1,17 @@
-//! Training: the optimizer over flat unit buffers, learning-rate schedules and the moving average of weights.
+//! Training: the order of passes, the optimizer over slices of units, learning rates and the moving average of weights.
 
+mod adamw;
+mod compressed;
 mod ema;
+mod kind;
+mod learning_rate;
 mod optimizer;
-mod schedule;
+pub(crate) mod schedule;
+mod update;
 
+pub(crate) use compressed::LocalBuffer;
 pub use ema::Ema;
+pub use kind::OptimizerKind;
+pub use learning_rate::{Schedule, ScheduleKind};
 pub use optimizer::{Optimizer, OptimizerConfig, StepOutcome};
-pub use schedule::{Schedule, ScheduleKind};
+pub(crate) use optimizer::{slice_rank, slicing};

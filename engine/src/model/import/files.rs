@@ -47,7 +47,7 @@ pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
 }
 
 /// Reads the JSON file `path` of at most `limit` bytes.
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path, limit: u64) -> Result<T> {
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, limit: u64) -> Result<T> {
     let (file, length) = open(path)?;
     let mut text = Vec::new();
     file.take(limit + 1).read_to_end(&mut text).map_err(|error| Error::io(path, error))?;

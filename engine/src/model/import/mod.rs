@@ -19,7 +19,7 @@ use files::Shard;
 
 pub(crate) mod files;
 pub(crate) mod fill;
-mod header;
+pub(crate) mod header;
 
 /// A model as it was found on disk.
 #[derive(Debug)]

@@ -1,0 +1,408 @@
+//! Adding up gradients: over the micro-batches of a lane, over lanes, over ranks.
+//!
+//! The rows of a step are dealt out to a fixed number of *lanes*, and each lane's rows are cut into micro-batches. Round `k` adds
+//! up the `k`-th micro-batches of all lanes in a binary tree over the lanes; rounds are added one after the other. Rank `r` of
+//! `n` computes the lanes `r`, `r + n`, …: what ranks add among themselves is the lower part of the tree, what a rank adds over
+//! its own lanes the upper part. So the order, and with it every bit, is the same for any number of ranks.
+//!
+//! One rank with one lane adds in place and needs none of this.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use tandem_collective::{ExactSum, Work, all_reduce_exact};
+use tandem_kernels::reduce::{add_slice, block_sum_squares};
+use tandem_kernels::slice::{SharedTensor, with_slice};
+
+use super::slice::Slicing;
+use super::sums::Sums;
+use super::{Placement, ZeroStage, bytes};
+use crate::Result;
+use crate::model::unit::{UnitBuffer, UnitLayout};
+
+/// The gradient of a step under way.
+#[derive(Debug)]
+pub struct Gradients {
+    placement: Placement,
+    layouts: Vec<Arc<UnitLayout>>,
+    slicing: Vec<Slicing>,
+    mode: Mode,
+    reduction: Reduction,
+    /// Whether anything was added since the last step.
+    pending: bool,
+    /// Whether the stages of the pipeline have added up what they share.
+    joined: bool,
+}
+
+/// What becomes of a gradient across data-parallel ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// It is added up over the ranks at every pass.
+    Every,
+    /// Each rank adds up its own passes only; what it then tells the others is the optimizer's business. Stage 0 only.
+    Never,
+}
+
+#[derive(Debug)]
+enum Mode {
+    /// Kernels add to these buffers.
+    InPlace(Vec<UnitBuffer>),
+    Reduced(Reduced),
+}
+
+#[derive(Debug)]
+struct Reduced {
+    /// ZeRO-1: the gradient of a whole pass, reduced at its end.
+    whole: Option<Vec<UnitBuffer>>,
+    /// Buffers of units that are being computed.
+    open: Vec<Option<UnitBuffer>>,
+    /// Room for units, some of it perhaps still being read by peers.
+    room: Vec<Room>,
+    under_way: VecDeque<(usize, Work)>,
+    under_way_bytes: usize,
+    sums: Vec<Sums>,
+}
+
+#[derive(Debug)]
+struct Room {
+    buffer: UnitBuffer,
+    /// Lent to peers that add it up.
+    lent: Option<Arc<SharedTensor>>,
+    open: bool,
+}
+
+impl Gradients {
+    /// No gradient yet, for units of these layouts.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn new(placement: &Placement, layouts: &[Arc<UnitLayout>]) -> Result<Self> {
+        let parallel = &placement.parallel;
+        let ranks = if placement.stage == ZeroStage::Zero { 1 } else { parallel.data.size() };
+        let slicing: Vec<Slicing> = layouts.iter().map(|layout| Slicing { len: layout.len(), ranks }).collect();
+        let buffers = || {
+            let zeros =
+                layouts.iter().zip(&slicing).map(|(layout, cut)| UnitBuffer::zeros_padded(layout, cut.padded()));
+            zeros.collect::<Result<Vec<_>>>()
+        };
+        let mode = if parallel.data_lanes == 1 {
+            Mode::InPlace(buffers()?)
+        } else {
+            let keeps_whole = placement.stage == ZeroStage::One && !parallel.data.is_solo();
+            let sums = slicing.iter().map(|slicing| Sums { total: vec![0.0; slicing.each()], ..Sums::default() });
+            Mode::Reduced(Reduced {
+                whole: if keeps_whole { Some(buffers()?) } else { None },
+                open: vec![None; layouts.len()],
+                room: Vec::new(),
+                under_way: VecDeque::new(),
+                under_way_bytes: 0,
+                sums: sums.collect(),
+            })
+        };
+        let (placement, layouts) = (placement.clone(), layouts.to_vec());
+        Ok(Self { placement, layouts, slicing, mode, reduction: Reduction::Every, pending: false, joined: false })
+    }
+
+    /// What becomes of this gradient across ranks.
+    pub fn reduction(&self) -> Reduction {
+        self.reduction
+    }
+
+    /// Chooses what becomes of this gradient, before anything is added, on all ranks alike.
+    pub(crate) fn set_reduction(&mut self, reduction: Reduction) {
+        self.reduction = reduction;
+    }
+
+    /// The gradient by unit, where one rank adds it up in place; on many ranks it lies in slices.
+    pub fn in_place(&self) -> Option<&[UnitBuffer]> {
+        match &self.mode {
+            Mode::InPlace(buffers) => Some(buffers),
+            Mode::Reduced(_) => None,
+        }
+    }
+
+    /// Whether a gradient waits for a step.
+    pub fn is_pending(&self) -> bool {
+        self.pending
+    }
+
+    /// How this rank's slices are cut.
+    pub(crate) fn slicing(&self, unit: usize) -> Slicing {
+        self.slicing[unit]
+    }
+
+    /// Which slice is this rank's.
+    pub(crate) fn rank(&self) -> usize {
+        slice_rank(&self.placement)
+    }
+
+    /// Where the backward of a unit adds its gradient. All ranks open and close units in the same order.
+    pub(crate) fn open(&mut self, unit: usize) -> Result<UnitBuffer> {
+        self.pending = true;
+        let reduced = match &mut self.mode {
+            Mode::InPlace(buffers) => return Ok(buffers[unit].clone()),
+            Mode::Reduced(reduced) => reduced,
+        };
+        if let Some(whole) = &reduced.whole {
+            return Ok(whole[unit].clone());
+        }
+        if let Some(open) = &reduced.open[unit] {
+            return Ok(open.clone());
+        }
+        let buffer = reduced.take_room(&self.layouts[unit], self.slicing[unit])?;
+        reduced.open[unit] = Some(buffer.clone());
+        Ok(buffer)
+    }
+
+    /// The gradient of a unit is complete for this pass.
+    pub(crate) fn close(&mut self, unit: usize) -> Result<()> {
+        let Mode::Reduced(reduced) = &mut self.mode else { return Ok(()) };
+        if reduced.whole.is_some() || self.layouts[unit].is_empty() {
+            return Ok(());
+        }
+        let limit = self.placement.reduce_bucket_bytes;
+        reduced.close(unit, &self.placement, self.reduction)?;
+        while reduced.under_way_bytes > limit && reduced.under_way.len() > 1 {
+            reduced.absorb(&self.placement)?;
+        }
+        Ok(())
+    }
+
+    /// The pass of one lane is over.
+    pub(crate) fn end_pass(&mut self) -> Result<()> {
+        let Mode::Reduced(reduced) = &mut self.mode else { return Ok(()) };
+        if let Some(whole) = reduced.whole.take() {
+            // In the order of the units, one after the other on its way while the one before is added up.
+            let mut lent = Vec::new();
+            for (unit, buffer) in whole.iter().enumerate().filter(|(_, buffer)| !buffer.layout().is_empty()) {
+                lent.push(reduced.start(unit, buffer.storage().clone(), &self.placement)?);
+                while reduced.under_way.len() > 1 {
+                    reduced.absorb(&self.placement)?;
+                }
+            }
+            reduced.absorb_all(&self.placement)?;
+            // Peers may still read what was lent; the next pass must not write over it.
+            let data = &self.placement.parallel.data;
+            data.world().barrier(data.tag("gradients added"))?;
+            let is_free = || lent.iter().all(|lent| Arc::strong_count(lent) == 1);
+            data.world().settle(data.tag("take back gradients"), &is_free)?;
+            drop(lent);
+            whole.iter().try_for_each(UnitBuffer::clear)?;
+            reduced.whole = Some(whole);
+            return Ok(());
+        }
+        reduced.absorb_all(&self.placement)
+    }
+
+    /// Bytes held between passes.
+    pub fn size_bytes(&self) -> u64 {
+        let elements: usize = match &self.mode {
+            Mode::InPlace(buffers) => buffers.iter().map(|buffer| buffer.storage().elem_count()).sum(),
+            Mode::Reduced(Reduced { whole, room, sums, .. }) => {
+                let whole = whole.iter().flatten().map(|buffer| buffer.storage().elem_count());
+                let room = room.iter().map(|room| room.buffer.storage().elem_count());
+                whole.chain(room).chain(sums.iter().map(|sums| sums.total.len())).sum()
+            }
+        };
+        4 * elements as u64
+    }
+
+    /// Adds up the ends of a pipeline, which its first and last stage both hold.
+    pub(crate) fn join_stages(&mut self) -> Result<()> {
+        let parallel = self.placement.parallel.clone();
+        if self.layouts[0].is_empty() {
+            return Ok(());
+        }
+        let pipeline = &parallel.pipeline;
+        if std::mem::replace(&mut self.joined, true)
+            || pipeline.is_solo()
+            || !(parallel.is_first_stage() || parallel.is_last_stage())
+        {
+            return Ok(());
+        }
+        let other = if parallel.is_first_stage() { pipeline.size() - 1 } else { 0 };
+        let tag = tandem_collective::Tag::new("ends of the pipeline", 0);
+        let mut message = Vec::new();
+        self.with_slice(0, |mine| bytes::append(mine, &mut message))?;
+        let mut received = vec![0u8; message.len()];
+        pipeline.world().send(tag, message, other)?;
+        pipeline.world().receive(tag, &mut received, other)?;
+        let mut terms = vec![0f32; received.len() / 4];
+        bytes::fill(&mut terms, &received);
+        match &mut self.mode {
+            // The sum of two numbers does not depend on their order.
+            Mode::InPlace(buffers) => {
+                tandem_kernels::slice::with_slice_mut(buffers[0].flat(), |mine| add_slice(mine, &terms))??;
+            }
+            Mode::Reduced(reduced) => add_slice(&mut reduced.sums[0].total[..terms.len()], &terms)?,
+        }
+        Ok(())
+    }
+
+    /// Runs `read` on the elements of this rank's slice of the gradient of a unit.
+    ///
+    /// # Errors
+    /// If the tensor library refuses.
+    pub fn with_slice<R>(&self, unit: usize, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        let range = self.slicing[unit].range(self.rank());
+        match &self.mode {
+            Mode::InPlace(buffers) => {
+                let part: Tensor = buffers[unit].flat().narrow(0, range.start, range.len())?;
+                Ok(with_slice(&part, read)?)
+            }
+            Mode::Reduced(reduced) => Ok(read(&reduced.sums[unit].total[..range.len()])),
+        }
+    }
+
+    /// Norm of the mean gradient over `denominator` terms: the root of the sum of squares over all units and ranks.
+    ///
+    /// Of gradients that are not added up over the ranks ([`Reduction::Never`]) nobody knows the sum. Their norm is what it
+    /// would be if the gradients of no two ranks had anything in common, as with noise; if all are the same, the true norm
+    /// is that times the root of the number of ranks.
+    ///
+    /// Squares are added in f64 over fixed blocks, and blocks exactly, so the bits do not depend on who holds what.
+    ///
+    /// # Errors
+    /// If ranks have lost each other.
+    pub fn norm(&self, denominator: f64) -> Result<f64> {
+        let parallel = &self.placement.parallel;
+        let mut sum = ExactSum::new();
+        let is_local = self.reduction == Reduction::Never;
+        let counts_slices = is_local || self.placement.stage != ZeroStage::Zero || parallel.at.data == 0;
+        let mut blocks = Vec::new();
+        for (unit, layout) in self.layouts.iter().enumerate().filter(|_| counts_slices) {
+            // Both ends of a pipeline hold the ends; the first counts them.
+            if unit == 0 && !parallel.is_first_stage() {
+                continue;
+            }
+            let range = self.slicing[unit].range(self.rank());
+            self.with_slice(unit, |slice| {
+                for section in &layout.sections {
+                    // What all tensor-parallel ranks hold is counted once.
+                    let counted = section.piece.is_some() || parallel.at.tensor == 0;
+                    let (start, end) = (section.start.max(range.start), (section.start + section.len).min(range.end));
+                    if counted && start < end {
+                        blocks.clear();
+                        block_sum_squares(&slice[start - range.start..end - range.start], &mut blocks);
+                        blocks.iter().for_each(|&block| sum.add(block));
+                    }
+                }
+            })?;
+        }
+        let mut sums = [sum];
+        if !parallel.world.is_solo() {
+            all_reduce_exact(&**parallel.world.world(), parallel.world.tag("gradient norm"), &mut sums)?;
+        }
+        Ok(sums[0].value().sqrt() / denominator)
+    }
+
+    /// Forgets the gradient.
+    ///
+    /// # Errors
+    /// If the tensor library refuses.
+    pub fn clear(&mut self) -> Result<()> {
+        (self.pending, self.joined) = (false, false);
+        match &mut self.mode {
+            Mode::InPlace(buffers) => buffers.iter().try_for_each(UnitBuffer::clear),
+            Mode::Reduced(reduced) => {
+                for sums in &mut reduced.sums {
+                    sums.tree.clear();
+                    sums.filled = false;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Which slice of the gradient is this rank's.
+fn slice_rank(placement: &Placement) -> usize {
+    if placement.stage == ZeroStage::Zero { 0 } else { placement.parallel.data.rank() }
+}
+
+impl Reduced {
+    /// Zeroed room for the gradient of a unit.
+    fn take_room(&mut self, layout: &Arc<UnitLayout>, slicing: Slicing) -> Result<UnitBuffer> {
+        for room in &mut self.room {
+            if room.lent.as_ref().is_some_and(|lent| Arc::strong_count(lent) == 1) {
+                room.lent = None;
+            }
+        }
+        let fits = |room: &&mut Room| {
+            !room.open && room.lent.is_none() && room.buffer.storage().elem_count() == slicing.padded()
+        };
+        if let Some(room) = self.room.iter_mut().find(fits) {
+            room.open = true;
+            room.buffer = UnitBuffer::on(layout, room.buffer.storage().clone())?;
+            room.buffer.clear()?;
+            return Ok(room.buffer.clone());
+        }
+        let buffer = UnitBuffer::zeros_padded(layout, slicing.padded())?;
+        self.room.push(Room { buffer: buffer.clone(), lent: None, open: true });
+        Ok(buffer)
+    }
+
+    fn close(&mut self, unit: usize, placement: &Placement, reduction: Reduction) -> Result<()> {
+        let Some(buffer) = self.open[unit].take() else { return Ok(()) };
+        if placement.parallel.data.is_solo() || reduction == Reduction::Never {
+            let sums = &mut self.sums[unit];
+            with_slice(buffer.flat(), |values| {
+                sums.absorb(lanes_here(placement), |out| {
+                    out[..values.len()].copy_from_slice(values);
+                    Ok(())
+                })
+            })??;
+            self.give_back(&buffer, None);
+            return Ok(());
+        }
+        let lent = self.start(unit, buffer.storage().clone(), placement)?;
+        self.give_back(&buffer, Some(lent));
+        Ok(())
+    }
+
+    fn give_back(&mut self, buffer: &UnitBuffer, lent: Option<Arc<SharedTensor>>) {
+        if let Some(room) =
+            self.room.iter_mut().find(|room| room.open && room.buffer.storage().id() == buffer.storage().id())
+        {
+            room.open = false;
+            room.lent = lent;
+        }
+    }
+
+    /// Starts adding up `values`, whose length is that of all slices, over the data-parallel ranks.
+    fn start(&mut self, unit: usize, values: Tensor, placement: &Placement) -> Result<Arc<SharedTensor>> {
+        let data = &placement.parallel.data;
+        let bytes = 4 * values.elem_count();
+        let lent = Arc::new(SharedTensor::new(&values)?);
+        let tag = data.tag("add up gradients");
+        let work = match placement.stage {
+            ZeroStage::Zero => data.world().start_all_reduce_sum_f32(tag, lent.clone())?,
+            _ => data.world().start_reduce_scatter_sum_f32(tag, lent.clone())?,
+        };
+        self.under_way.push_back((unit, work));
+        self.under_way_bytes += bytes;
+        Ok(lent)
+    }
+
+    /// Waits for the oldest sum under way and takes it in.
+    fn absorb(&mut self, placement: &Placement) -> Result<()> {
+        let Some((unit, work)) = self.under_way.pop_front() else { return Ok(()) };
+        let sums = &mut self.sums[unit];
+        let ranks = if placement.stage == ZeroStage::Zero { 1 } else { placement.parallel.data.size() };
+        self.under_way_bytes = self.under_way_bytes.saturating_sub(4 * sums.total.len() * ranks);
+        sums.absorb(lanes_here(placement), |out| Ok(work.wait_into(out)?))
+    }
+
+    fn absorb_all(&mut self, placement: &Placement) -> Result<()> {
+        while !self.under_way.is_empty() {
+            self.absorb(placement)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lanes that one rank computes: a power of two.
+fn lanes_here(placement: &Placement) -> usize {
+    placement.parallel.data_lanes / placement.parallel.mesh.data
+}

@@ -1,0 +1,304 @@
+//! Weights of units: whole on every rank, or in slices that are brought together for as long as they are needed.
+
+use std::collections::VecDeque;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use tandem_collective::{Shared, Work};
+use tandem_kernels::slice::{with_slice, with_slice_mut};
+
+use super::slice::{Offload, SliceBuffer, Slicing};
+use super::{Parallel, Placement, ZeroStage};
+use crate::model::unit::{UnitBuffer, UnitLayout};
+use crate::{Error, Result};
+
+/// The weights of a model's units, in order. Clones share them.
+#[derive(Clone, Debug)]
+pub(crate) enum Weights {
+    /// Every unit whole.
+    Whole(Vec<UnitBuffer>),
+    /// A slice of every unit.
+    Sliced(Arc<Sliced>),
+}
+
+/// Weights in slices.
+#[derive(Debug)]
+pub(crate) struct Sliced {
+    parallel: Arc<Parallel>,
+    layouts: Vec<Arc<UnitLayout>>,
+    prefetch_units: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    slices: Vec<Arc<SliceBuffer>>,
+    /// Gathers that were started ahead of their use, oldest first.
+    in_flight: VecDeque<(usize, Work)>,
+    /// Room for units that is not in use.
+    spare: Vec<Tensor>,
+    /// Units that are never let go.
+    kept: Vec<Kept>,
+}
+
+/// Whether a unit stays together.
+#[derive(Debug)]
+enum Kept {
+    No,
+    /// It does, but has changed since it was gathered.
+    Stale,
+    Fresh(Tensor),
+}
+
+/// A unit's weights for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    buffer: UnitBuffer,
+    /// Where its room goes back to.
+    home: Option<(Arc<Sliced>, Tensor)>,
+}
+
+impl Deref for Fetched {
+    type Target = UnitBuffer;
+    fn deref(&self) -> &UnitBuffer {
+        &self.buffer
+    }
+}
+
+impl Drop for Fetched {
+    fn drop(&mut self) {
+        if let Some((home, room)) = self.home.take() {
+            home.lock().spare.push(room);
+        }
+    }
+}
+
+/// How the slices of a unit are cut under a placement's weights.
+pub(crate) fn slicing(layout: &UnitLayout, placement: &Placement) -> Slicing {
+    Slicing { len: layout.len(), ranks: placement.parallel.data.size() }
+}
+
+impl Weights {
+    /// Puts units in place: `unit` is called once for each layout, in order, and its result is let go of at once.
+    pub(crate) fn place(
+        placement: &Placement,
+        layouts: &[Arc<UnitLayout>],
+        mut unit: impl FnMut(&Arc<UnitLayout>) -> Result<UnitBuffer>,
+    ) -> Result<Self> {
+        let data = &placement.parallel.data;
+        if placement.stage < ZeroStage::Three || data.is_solo() {
+            let whole = layouts.iter().map(|layout| padded(unit(layout)?, slicing(layout, placement)));
+            return Ok(Weights::Whole(whole.collect::<Result<_>>()?));
+        }
+        let dir = match placement.offload {
+            Offload::All => placement.offload_dir.as_deref(),
+            Offload::None | Offload::Optimizer => None,
+        };
+        let mut slices = Vec::with_capacity(layouts.len());
+        for layout in layouts {
+            let buffer = unit(layout)?;
+            let slicing = slicing(layout, placement);
+            let range = slicing.range(data.rank());
+            let mut values = vec![0f32; slicing.each()];
+            with_slice(buffer.flat(), |flat| values[..range.len()].copy_from_slice(&flat[range]))?;
+            slices.push(Arc::new(SliceBuffer::of(values, dir)?));
+        }
+        let kept = layouts.iter().map(|layout| match layout.len() <= placement.persistence_threshold {
+            true => Kept::Stale,
+            false => Kept::No,
+        });
+        let state = State { slices, in_flight: VecDeque::new(), spare: Vec::new(), kept: kept.collect() };
+        Ok(Weights::Sliced(Arc::new(Sliced {
+            parallel: placement.parallel.clone(),
+            layouts: layouts.to_vec(),
+            prefetch_units: placement.prefetch_units,
+            state: Mutex::new(state),
+        })))
+    }
+
+    /// Units of one rank alone.
+    pub(crate) fn solo(units: Vec<UnitBuffer>) -> Self {
+        Weights::Whole(units)
+    }
+
+    /// The weights of unit `index`. In slices, all data-parallel ranks call this together, and the gathers of the units in
+    /// `upcoming` may be started ahead.
+    pub(crate) fn fetch(&self, index: usize, upcoming: impl IntoIterator<Item = usize>) -> Result<Fetched> {
+        match self {
+            Weights::Whole(units) => Ok(Fetched { buffer: units[index].clone(), home: None }),
+            Weights::Sliced(sliced) => sliced.fetch(index, upcoming),
+        }
+    }
+
+    /// Whether every rank holds slices only.
+    pub(crate) fn is_sliced(&self) -> bool {
+        matches!(self, Weights::Sliced(_))
+    }
+
+    /// The layouts of the units.
+    pub(crate) fn layouts(&self) -> Vec<Arc<UnitLayout>> {
+        match self {
+            Weights::Whole(units) => units.iter().map(|unit| unit.layout().clone()).collect(),
+            Weights::Sliced(sliced) => sliced.layouts.clone(),
+        }
+    }
+
+    /// Runs `change` on the elements of this rank's slice of unit `index`, without its padding; whole weights have a slice
+    /// as `slicing` cuts them.
+    pub(crate) fn change<R>(
+        &self,
+        index: usize,
+        slicing: Slicing,
+        rank: usize,
+        change: impl FnOnce(&mut [f32]) -> R,
+    ) -> Result<R> {
+        let range = slicing.range(rank);
+        match self {
+            Weights::Whole(units) => {
+                let part = units[index].flat().narrow(0, range.start, range.len())?;
+                Ok(with_slice_mut(&part, change)?)
+            }
+            Weights::Sliced(sliced) => {
+                let mut state = sliced.lock();
+                if let Kept::Fresh(_) = state.kept[index] {
+                    state.kept[index] = Kept::Stale;
+                }
+                // Gathers before this step have lent it to peers.
+                let (data, lent) = (&sliced.parallel.data, &state.slices[index]);
+                data.world().settle(data.tag("take back weights"), &|| Arc::strong_count(lent) == 1)?;
+                let slice = Arc::get_mut(&mut state.slices[index]).ok_or(Error::WeightsInUse)?;
+                Ok(change(&mut slice[..range.len()]))
+            }
+        }
+    }
+
+    /// Runs `read` on the elements of this rank's slice of unit `index`, as [`Self::change`].
+    pub(crate) fn read<R>(
+        &self,
+        index: usize,
+        slicing: Slicing,
+        rank: usize,
+        read: impl FnOnce(&[f32]) -> R,
+    ) -> Result<R> {
+        let range = slicing.range(rank);
+        match self {
+            Weights::Whole(units) => {
+                let part = units[index].flat().narrow(0, range.start, range.len())?;
+                Ok(with_slice(&part, read)?)
+            }
+            Weights::Sliced(sliced) => Ok(read(&sliced.lock().slices[index][..range.len()])),
+        }
+    }
+
+    /// After each rank has changed its slice of whole weights, one of `slices`: gives every rank all of them.
+    pub(crate) fn spread(&self, parallel: &Parallel, slices: usize) -> Result<()> {
+        let (Weights::Whole(units), data) = (self, &parallel.data) else { return Ok(()) };
+        if slices == 1 {
+            return Ok(());
+        }
+        for unit in units.iter().filter(|unit| !unit.layout().is_empty()) {
+            let each = unit.storage().elem_count() / data.size();
+            let mine = with_slice(&unit.storage().narrow(0, data.rank() * each, each)?, <[f32]>::to_vec)?;
+            with_slice_mut(unit.storage(), |all| data.world().all_gather_f32(data.tag("spread weights"), &mine, all))??;
+        }
+        Ok(())
+    }
+}
+
+/// The unit in a storage that slices of equal length fit into.
+fn padded(unit: UnitBuffer, slicing: Slicing) -> Result<UnitBuffer> {
+    if slicing.padded() == slicing.len {
+        return Ok(unit);
+    }
+    let room = UnitBuffer::zeros_padded(unit.layout(), slicing.padded())?;
+    with_slice_mut(room.flat(), |to| with_slice(unit.flat(), |from| to.copy_from_slice(from)))??;
+    Ok(room)
+}
+
+impl Fetched {
+    /// The weights for longer than this lives: the same storage if they are whole, a copy if they were brought together.
+    pub(crate) fn copied(&self) -> Result<UnitBuffer> {
+        if self.home.is_some() { self.buffer.duplicate() } else { Ok(self.buffer.clone()) }
+    }
+}
+
+impl Sliced {
+    /// A deep copy.
+    pub(crate) fn duplicate(&self) -> Result<Self> {
+        let state = self.lock();
+        let copy = |slice: &Arc<SliceBuffer>| Arc::new(SliceBuffer::Memory(slice.to_vec()));
+        let kept = state.kept.iter().map(|kept| if matches!(kept, Kept::No) { Kept::No } else { Kept::Stale });
+        let state = State {
+            slices: state.slices.iter().map(copy).collect(),
+            in_flight: VecDeque::new(),
+            spare: Vec::new(),
+            kept: kept.collect(),
+        };
+        Ok(Self {
+            parallel: self.parallel.clone(),
+            layouts: self.layouts.clone(),
+            prefetch_units: self.prefetch_units,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Runs `read` on this rank's slice of a unit, padding included.
+    pub(crate) fn with_slice<R>(&self, index: usize, read: impl FnOnce(&[f32]) -> R) -> R {
+        let slice = self.lock().slices[index].clone();
+        read(&slice)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // What is behind the lock is as good after a panic as before: slices change only in `Weights::change`.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fetch(self: &Arc<Self>, index: usize, upcoming: impl IntoIterator<Item = usize>) -> Result<Fetched> {
+        let layout = &self.layouts[index];
+        let mut state = self.lock();
+        let work = match &state.kept[index] {
+            Kept::Fresh(flat) => {
+                return Ok(Fetched { buffer: UnitBuffer::on(layout, flat.clone())?, home: None });
+            }
+            _ if layout.is_empty() => {
+                let flat = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+                return Ok(Fetched { buffer: UnitBuffer::on(layout, flat)?, home: None });
+            }
+            _ => match state.in_flight.iter().position(|(unit, _)| *unit == index) {
+                Some(place) => state.in_flight.remove(place).map(|(_, work)| work),
+                None => None,
+            },
+        };
+        let work = match work {
+            Some(work) => work,
+            None => self.start(&state, index)?,
+        };
+        for next in upcoming.into_iter().take(self.prefetch_units) {
+            let known = next == index || state.in_flight.iter().any(|(unit, _)| *unit == next);
+            if !known && !self.layouts[next].is_empty() && !matches!(state.kept[next], Kept::Fresh(_)) {
+                let ahead = self.start(&state, next)?;
+                state.in_flight.push_back((next, ahead));
+            }
+        }
+        let padded = state.slices[index].len() * self.parallel.data.size();
+        let room = match state.spare.iter().position(|room| room.elem_count() == padded) {
+            Some(place) => state.spare.swap_remove(place),
+            None => Tensor::zeros(padded, DType::F32, &Device::Cpu)?,
+        };
+        let is_kept = matches!(state.kept[index], Kept::Stale);
+        if is_kept {
+            state.kept[index] = Kept::Fresh(room.clone());
+        }
+        drop(state);
+        with_slice_mut(&room, |all| work.wait_into(all))??;
+        let buffer = UnitBuffer::on(layout, room.clone())?;
+        Ok(Fetched { buffer, home: (!is_kept).then(|| (self.clone(), room)) })
+    }
+
+    fn start(&self, state: &State, index: usize) -> Result<Work> {
+        let data = &self.parallel.data;
+        let slice: Shared = state.slices[index].clone();
+        Ok(data.world().start_all_gather_f32(data.tag("gather weights"), slice)?)
+    }
+}

@@ -1,0 +1,143 @@
+//! What a rank holds between steps is what the formula of its ZeRO stage says (Rajbhandari et al., 2020, section 5, in f32).
+
+use std::alloc::{GlobalAlloc, Layout as Block, System};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::time::Duration;
+
+use tandem_collective::{Collective, Solo, Threads};
+use tandem_engine::model::spec::{Family, ModelSpec, NormKind, PositionKind};
+use tandem_engine::model::unit::{Head, UnitLayout};
+use tandem_engine::parallel::{Parallel, ParallelConfig, Placement, ZeroStage};
+use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
+use tandem_engine::{Engine, MicroBatch, Model, Packed, Recompute};
+use tandem_kernels::mlp::Activation;
+
+/// Counts the bytes that the whole process holds.
+struct Counting;
+
+static HELD: AtomicI64 = AtomicI64::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, block: Block) -> *mut u8 {
+        HELD.fetch_add(block.size() as i64, Ordering::Relaxed);
+        unsafe { System.alloc(block) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, block: Block) {
+        HELD.fetch_sub(block.size() as i64, Ordering::Relaxed);
+        unsafe { System.dealloc(at, block) }
+    }
+    unsafe fn realloc(&self, at: *mut u8, block: Block, size: usize) -> *mut u8 {
+        HELD.fetch_add(size as i64 - block.size() as i64, Ordering::Relaxed);
+        unsafe { System.realloc(at, block, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Many small units, so that those under way are few beside all.
+fn spec() -> ModelSpec {
+    ModelSpec {
+        family: Family::Llama,
+        vocab_size: 512,
+        hidden: 96,
+        layers: 40,
+        heads: 6,
+        kv_heads: 6,
+        head_dim: 16,
+        mlp_width: 256,
+        activation: Activation::Silu,
+        gated: true,
+        norm: NormKind::Rms,
+        norm_eps: 1e-5,
+        post_norm: false,
+        positions: PositionKind::Rotary { theta: 10_000.0, scaling: None },
+        max_positions: 64,
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        window: None,
+        tied: true,
+        embedding_width: None,
+        init_std: 0.02,
+        dropout: 0.0,
+    }
+}
+
+fn optimizer() -> OptimizerConfig {
+    let kind = ScheduleKind::Constant;
+    OptimizerConfig {
+        kind: OptimizerKind::AdamW,
+        schedule: Schedule { kind, peak_lr: 1e-3, warmup_steps: 0, total_steps: 1, min_ratio: 1.0 },
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        max_grad_norm: 1.0,
+    }
+}
+
+/// Trains one step on `world` ranks and returns the bytes held afterwards per rank, beyond those held before.
+fn held_per_rank(world: usize, stage: ZeroStage) -> f64 {
+    let before = HELD.load(Ordering::SeqCst);
+    let ranks: Vec<Arc<dyn Collective>> = match world {
+        1 => vec![Arc::new(Solo::new())],
+        _ => Threads::world(world, Duration::from_secs(120)),
+    };
+    let (trained, measured) = (Barrier::new(world + 1), Barrier::new(world + 1));
+    std::thread::scope(|scope| {
+        for rank in ranks {
+            let (trained, measured) = (&trained, &measured);
+            scope.spawn(move || {
+                let parallel = Parallel::new(&rank, &ParallelConfig::default()).unwrap();
+                let placement = Placement { reduce_bucket_bytes: 1, ..Placement::of(parallel, stage) };
+                let model = Model::initial(spec(), Head::Language, 1).unwrap().place(&placement).unwrap();
+                let mut engine = Engine::placed(model, optimizer(), placement).unwrap();
+                let batch = Packed::from_sequences([[1u32, 2, 3, 4, 5]]);
+                let pass = MicroBatch { batch, rows: vec![0, 1, 2, 3], labels: vec![2, 3, 4, 5], dropout: None };
+                let loss = |_, out: &tandem_engine::LogProbs| Ok(out.logp.sum_all()?.neg()?);
+                engine.accumulate_all_log_probs(&[Some(pass)], Recompute::On, loss).unwrap();
+                assert!(engine.step(4.0).unwrap().applied);
+                trained.wait();
+                measured.wait();
+                drop(engine);
+            });
+        }
+        trained.wait();
+        let held = HELD.load(Ordering::SeqCst) - before;
+        measured.wait();
+        held as f64 / world as f64
+    })
+}
+
+#[test]
+fn a_rank_holds_what_its_stage_says() {
+    let layouts = UnitLayout::all(&spec(), Head::Language);
+    let all: usize = layouts.iter().map(UnitLayout::len).sum();
+    let (ends, block) = (layouts[0].len(), layouts[1].len());
+    // Room that is kept for units under way: one buffer for the ends, and for the blocks one that computes and one whose
+    // gradient is on its way to the others.
+    let (weights_room, grads_room) = (ends + block, ends + 2 * block);
+    for world in [1, 2, 4] {
+        for stage in [ZeroStage::Zero, ZeroStage::One, ZeroStage::Two, ZeroStage::Three] {
+            let sliced = all / world;
+            let (weights, grads, moments) = match (stage, world) {
+                (_, 1) => (all, all, 2 * all),
+                (ZeroStage::Zero, _) => (all, all + grads_room, 2 * all),
+                (ZeroStage::One, _) => (all, all + sliced, 2 * sliced),
+                (ZeroStage::Two, _) => (all, sliced + grads_room, 2 * sliced),
+                (ZeroStage::Three, _) => (sliced + weights_room, sliced + grads_room, 2 * sliced),
+            };
+            let expected = 4.0 * (weights + grads + moments) as f64;
+            let held = held_per_rank(world, stage);
+            let ratio = held / expected;
+            println!("{world} ranks, {stage:?}: {held:.0} bytes per rank, {ratio:.3} of the formula");
+            assert!(
+                (0.9..=1.1).contains(&ratio),
+                "{world} ranks, {stage:?}: {held:.0} bytes, {ratio:.3} of {expected:.0}"
+            );
+        }
+    }
+}
