@@ -1,14 +1,20 @@
 //! The command line that all stage binaries share, and the way from it to an exit code.
 
 use std::any::Any;
+use std::fmt::Display;
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Parser;
+use tandem_collective::{Collective, Solo, Status, Tag};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, Origin, Stage};
+use crate::config::{Config, MeshShape, Origin, Stage};
 use crate::error::{ExitCode, Result, StageError};
+use crate::monitor::Progress;
+use crate::ranks::{self, LEADER};
 use crate::run::Resume;
 use crate::stop::StopFlag;
 
@@ -25,6 +31,9 @@ Exit codes:
   75  stopped on request (SIGTERM, Ctrl-C) with the state saved; start again to continue
 
 TANDEM_LOG=debug prints more.";
+
+/// The environment variable that says what is logged.
+pub(crate) const LOG_VARIABLE: &str = "TANDEM_LOG";
 
 /// The arguments of `sft`, `reward`, `ppo` and `rlhf`.
 #[derive(Debug, Clone, Parser)]
@@ -45,6 +54,13 @@ pub struct StageArgs {
     /// Check everything, print the plan, and write nothing.
     #[arg(long)]
     pub dry_run: bool,
+    /// How many ranks share the work, all in this process. Under mpirun or srun leave it out: they start the ranks. With
+    /// --dry-run: how many to plan for; none is started.
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<NonZero<usize>>,
+    /// With --dry-run: how many of the ranks are on one machine; all by default.
+    #[arg(long, value_name = "N", requires = "dry_run")]
+    pub ranks_per_node: Option<NonZero<usize>>,
 }
 
 /// What a stage is started with.
@@ -58,6 +74,12 @@ pub struct Launch {
     pub dry_run: bool,
     /// Asks for a stop.
     pub stop: StopFlag,
+    /// This rank and its peers.
+    pub world: Arc<dyn Collective>,
+    /// How the ranks share the work; in a dry run those that are planned for.
+    pub mesh: MeshShape,
+    /// Machines that these ranks are on.
+    pub nodes: usize,
 }
 
 /// How a stage ended.
@@ -70,6 +92,51 @@ pub enum Outcome {
 }
 
 impl Launch {
+    /// A launch of one rank that continues what is there and stops for nothing.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            resume: Resume::Auto,
+            dry_run: false,
+            stop: StopFlag::default(),
+            world: Arc::new(Solo::default()),
+            mesh: MeshShape { data: 1, tensor: 1, pipeline: 1 },
+            nodes: 1,
+        }
+    }
+
+    /// The same launch as the rank of `world` sees it.
+    pub fn on(&self, world: Arc<dyn Collective>) -> Self {
+        let (stop, nodes) = (self.stop.for_rank(), world.topology().nodes());
+        Self { world, stop, nodes, ..self.clone() }
+    }
+
+    /// Whether this is the rank that writes files and speaks to people.
+    pub fn is_leader(&self) -> bool {
+        self.world.rank() == LEADER
+    }
+
+    /// Prints a line on the leader's standard output.
+    pub fn say(&self, text: impl Display) {
+        if self.is_leader() {
+            println!("{text}");
+        }
+    }
+
+    /// Progress called `label` over `total` steps, of which `done` were made before, shown by the leader.
+    pub fn progress(&self, label: &str, total: u64, done: u64) -> Progress {
+        if self.is_leader() { Progress::new(label, total, done) } else { Progress::silent() }
+    }
+
+    /// To be asked once at each safe point, by all ranks: whether any of them has been asked to stop.
+    ///
+    /// # Errors
+    /// A peer that failed.
+    pub fn should_stop(&self, tag: Tag) -> Result<bool> {
+        let status = if self.stop.is_requested() { Status::Stop } else { Status::Healthy };
+        Ok(self.world.agree(tag, status)? >= Status::Stop)
+    }
+
     /// The whole configuration with all defaults filled in, as TOML: what `--dry-run` prints.
     ///
     /// # Errors
@@ -80,7 +147,7 @@ impl Launch {
 }
 
 impl StageArgs {
-    /// Loads the configuration and checks it for `stages`.
+    /// Loads the configuration and checks it for `stages`; for a dry run also whether they can be run on so many ranks.
     ///
     /// # Errors
     /// [`ConfigError`](crate::config::ConfigError) with the file, the key and the remedy.
@@ -89,26 +156,32 @@ impl StageArgs {
         if let Some(output_dir) = self.output_dir {
             config.run.output_dir = output_dir;
         }
-        config.check(stages, &Origin::File(self.config))?;
-        Ok(Launch { config, resume: self.resume, dry_run: self.dry_run, stop })
+        let origin = Origin::File(self.config);
+        config.check(stages, &origin)?;
+        let mut launch = Launch { resume: self.resume, dry_run: self.dry_run, stop, ..Launch::new(config) };
+        if launch.dry_run {
+            let ranks = self.ranks.map_or(1, NonZero::get);
+            launch.mesh = launch.config.mesh(ranks, stages, &origin)?;
+            launch.nodes = ranks.div_ceil(self.ranks_per_node.map_or(ranks, NonZero::get));
+        }
+        Ok(launch)
     }
 }
 
-/// The `main` of a stage binary: reads the command line, prepares the process, runs `body`, and turns its end into an
-/// exit code.
-pub fn main(stages: &[Stage], body: impl FnOnce(&Launch) -> Result<Outcome>) -> std::process::ExitCode {
+/// The `main` of a stage binary: reads the command line, prepares the process, runs `body` on all ranks, and turns its end
+/// into an exit code.
+pub fn main(stages: &[Stage], body: impl Fn(&Launch) -> Result<Outcome> + Sync) -> std::process::ExitCode {
     guard(|| {
         let args = StageArgs::parse();
         let stop = StopFlag::on_signals().map_err(StageError::bug)?;
-        let launch = args.launch(stages, stop)?;
-        set_threads(launch.config.run.threads)?;
-        body(&launch)
+        let ranks = args.ranks.map(NonZero::get);
+        ranks::start(args.launch(stages, stop)?, stages, ranks, body)
     })
 }
 
 /// Runs a binary's `body`; errors and panics become a message on standard error and an exit code.
 pub fn guard(body: impl FnOnce() -> Result<Outcome>) -> std::process::ExitCode {
-    let filter = EnvFilter::try_from_env("TANDEM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
     let logging = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time();
     // Already set in a process that runs several bodies, as tests do; the first one stays.
     let _ = logging.with_target(false).try_init();
@@ -180,7 +253,7 @@ mod tests {
     #[test]
     fn the_printed_plan_is_the_plan() {
         let config = Config::parse("[run]\nseed = 5\n[model.new]", &Origin::Defaults, &[]).unwrap();
-        let launch = Launch { config, resume: Resume::Auto, dry_run: true, stop: StopFlag::default() };
+        let launch = Launch { dry_run: true, ..Launch::new(config) };
         let again = Config::parse(&launch.plan_text().unwrap(), &Origin::Defaults, &[]).unwrap();
         assert_eq!(again, launch.config);
     }

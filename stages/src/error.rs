@@ -8,6 +8,7 @@ use tandem_engine::Error as EngineError;
 use tandem_store::StoreError;
 
 use crate::config::ConfigError;
+use crate::ranks::RankFailures;
 
 /// Result of a stage.
 pub type Result<T, E = StageError> = std::result::Result<T, E>;
@@ -35,6 +36,23 @@ pub enum StageError {
         /// Its digest now.
         now: String,
     },
+    /// A rank does not see the data, model or tokenizer that the leader sees.
+    #[error(
+        "rank {rank}: {what} is not that of rank {leader}: its digest is {here}, there it is {there}; give all ranks the \
+         same files"
+    )]
+    InputDiffers {
+        /// What differs.
+        what: String,
+        /// This rank.
+        rank: usize,
+        /// The rank it is compared with.
+        leader: usize,
+        /// Its digest here.
+        here: String,
+        /// Its digest at the leader.
+        there: String,
+    },
     /// A reward could not be computed.
     #[error("reward: {0}")]
     Reward(String),
@@ -52,6 +70,9 @@ pub enum StageError {
     /// Something could not be read from or written to the run directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// One or more of several ranks failed.
+    #[error("{0}")]
+    Ranks(RankFailures),
     /// A fault of this program.
     #[error("internal error: {0}; please report it with the command line and the configuration")]
     Bug(String),
@@ -86,11 +107,17 @@ impl StageError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             StageError::Config(_) => ExitCode::Config,
-            StageError::Data(_) | StageError::InputChanged { .. } | StageError::Reward(_) => ExitCode::Data,
+            StageError::Data(_)
+            | StageError::InputChanged { .. }
+            | StageError::InputDiffers { .. }
+            | StageError::Reward(_) => ExitCode::Data,
             StageError::Numerical(_) => ExitCode::Numerical,
             StageError::Engine(error) => engine_code(error),
+            // Ranks that cannot be brought together were started in a wrong way.
+            StageError::Collective(CollectiveError::Launch(_)) => ExitCode::Config,
             StageError::Collective(_) => ExitCode::Communication,
             StageError::Store(error) => store_code(error),
+            StageError::Ranks(failures) => failures.exit_code(),
             StageError::Bug(_) => ExitCode::Bug,
         }
     }
@@ -101,6 +128,15 @@ impl StageError {
             StageError::Store(error) | StageError::Engine(EngineError::Store(error)) => error.is_retryable(),
             _ => false,
         }
+    }
+
+    /// Whether this rank has only left because another one failed.
+    pub fn is_echo(&self) -> bool {
+        matches!(
+            self,
+            StageError::Collective(CollectiveError::PeerFailed { .. })
+                | StageError::Engine(EngineError::Collective(CollectiveError::PeerFailed { .. }))
+        )
     }
 
     /// A [`StageError::Bug`] from whatever should not have happened.
@@ -131,6 +167,8 @@ fn store_code(error: &StoreError) -> ExitCode {
 fn engine_code(error: &EngineError) -> ExitCode {
     match error {
         EngineError::Store(error) => store_code(error),
+        EngineError::Collective(_) => ExitCode::Communication,
+        EngineError::Mesh(_) => ExitCode::Config,
         EngineError::Checkpoint { .. } => ExitCode::Storage,
         EngineError::NotFinite { .. } => ExitCode::Numerical,
         EngineError::Io { .. }

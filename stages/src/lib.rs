@@ -7,6 +7,7 @@
 //! | [`cli`] | the command line, and the way from it to an exit code |
 //! | [`models`] | loading and exporting models |
 //! | [`dataset`] | rows to token ids, for each stage |
+//! | [`ranks`] | one rank or many, and how they end |
 //! | [`run`] | a stage's directory: resuming, log, checkpoints, export |
 //! | [`sft`] | the first stage |
 //! | [`reward`] | the second stage |
@@ -15,23 +16,26 @@
 //! | [`rlhf`] | all stages in a row |
 //! | [`chat`] | talking to a model |
 //! | [`scoring`] | what responses are worth |
-//! | [`memory`] | what a run will hold in memory |
+//! | [`footprint`] | what a rank will hold in memory and send |
 //! | [`monitor`] | metrics, progress, tables |
 //! | [`stop`] | being asked to stop |
 //! | [`error`] | what can end a stage |
 //!
 //! A stage is one readable loop that uses these; the binaries are a line each.
 
+mod adapters;
 pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod dataset;
+mod dry_run;
 pub mod error;
-pub mod memory;
+pub mod footprint;
 pub mod models;
 pub mod monitor;
 pub mod plan;
 pub mod ppo;
+pub mod ranks;
 pub mod reward;
 pub mod rlhf;
 pub mod run;

@@ -16,7 +16,8 @@ use tandem_engine::model::{gguf, import};
 use tandem_kernels::rng::{Philox, Purpose};
 use tandem_store::Staging;
 
-use crate::config::{Config, ConfigError, DataConfig, ExportDtype, GenerationConfig, NewModelConfig, Origin};
+use crate::config::{Config, DataConfig, ExportDtype, GenerationConfig, NewModelConfig};
+use crate::dry_run::check_length;
 use crate::error::Result;
 
 /// `data.template` for plain text.
@@ -97,7 +98,7 @@ impl LoadedModel {
     /// # Errors
     /// If the tensor library refuses.
     pub fn init_score(&mut self, seed: u64) -> Result<()> {
-        let ends = &self.model.units()[0];
+        let ends = &self.model.units()?[0];
         let Some(slot) = ends.layout().slot(SCORE).filter(|_| self.missing_score) else { return Ok(()) };
         let mut values = vec![0f32; slot.len()];
         let std = 1.0 / ((slot.len() + 1) as f64).sqrt();
@@ -111,18 +112,13 @@ impl LoadedModel {
     /// Refuses samples of a length that the model has no positions for.
     ///
     /// # Errors
-    /// [`ConfigError::Invalid`], if `tokens`, which `key` says, are too many.
+    /// [`ConfigError::Invalid`](crate::config::ConfigError), if `tokens`, which `key` says, are too many.
     pub fn check_length(&self, key: &str, tokens: usize) -> Result<()> {
-        let most = self.model.spec().max_positions;
-        if tokens <= most {
-            return Ok(());
-        }
-        let problem = format!("`{key}` is {tokens}; the model takes at most {most} tokens");
-        Err(ConfigError::Invalid { origin: Origin::Defaults, problems: vec![problem] }.into())
+        check_length(self.model.spec(), key, tokens)
     }
 }
 
-/// Writes a model as a Hugging Face folder: weights, `config.json`, tokenizer files and, for language models,
+/// Writes a model as a Hugging Face folder, on the rank that has somewhere to write to; all ranks bring their parts of it: weights, `config.json`, tokenizer files and, for language models,
 /// `generation_config.json` with the tokens that end a response and the sampling of `[generation]`.
 ///
 /// # Errors
@@ -133,7 +129,7 @@ pub fn export(
     source_config: &Value,
     reward_scale: Option<RewardScale>,
     config: &Config,
-    staging: &mut Staging,
+    staging: Option<&mut Staging>,
 ) -> Result<()> {
     let special = tokenizer.special();
     let options = ExportOptions {
@@ -152,7 +148,8 @@ pub fn export(
         generation: generation_fields(&config.generation),
     };
     let original = (!source_config.is_null()).then_some(source_config);
-    export::write(model.spec(), model.head(), model.units(), original, &options, staging)?;
+    let Some(staging) = staging else { return Ok(export::write(model, original, &options, None)?) };
+    export::write(model, original, &options, Some(&mut *staging))?;
     for (name, bytes) in tokenizer.files().iter() {
         staging.write(name, bytes)?;
     }
@@ -217,7 +214,7 @@ fn digest(model: &Model, tokenizer: &Tokenizer) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{:?} {:?}", model.spec(), model.head()).as_bytes());
     let mut bytes = Vec::with_capacity(4 * CHUNK);
-    for unit in model.units() {
+    for unit in model.units()? {
         for values in unit.flat().to_vec1::<f32>()?.chunks(CHUNK) {
             bytes.clear();
             bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));

@@ -10,15 +10,17 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use tandem_engine::model::families::RewardScale;
 use tandem_engine::model::unit::Head;
-use tandem_engine::{Engine, Model, Packed, Train};
+use tandem_engine::{Engine, MicroBatch, Model, Packed, Train};
 
+use crate::adapters;
 use crate::cli::{Launch, Outcome};
-use crate::config::{Config, Stage};
+use crate::config::{Config, Role, Stage};
 use crate::dataset::{Pair, RewardPairs, Text, reward_pairs, stage_rows};
+use crate::dry_run;
 use crate::error::Result;
-use crate::memory::Memory;
 use crate::models::{self, LoadedModel};
 use crate::monitor::field;
+use crate::ranks::Team;
 use crate::run::Run;
 use crate::supervised::{self, Measures, Objective, Pass, Plan, StepRow, batches};
 use loss::PairLoss;
@@ -30,9 +32,15 @@ use loss::PairLoss;
 pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outcome> {
     let config = &launch.config;
     let source = config.reward_init(pipeline)?;
+    if launch.dry_run
+        && let Some(outcome) = dry_run::from_shape(launch, Stage::Reward)?
+    {
+        return Ok(outcome);
+    }
     if launch.dry_run && pipeline.is_some() && !Path::new(&source).exists() {
         let rows = stage_rows(config, Stage::Reward)?;
-        println!("reward: {} rows, {} held out; starts from what sft will make", rows.train.len(), rows.eval.len());
+        let (train, eval) = (rows.train.len(), rows.eval.len());
+        launch.say(format_args!("reward: {train} rows, {eval} held out; starts from what sft will make"));
         return Ok(Outcome::Finished);
     }
     let mut start = models::load_for(config, &source, Head::Scalar)?;
@@ -41,13 +49,11 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
     let pairs = reward_pairs(config, &start.tokenizer)?;
     let training = config.reward.training();
     if launch.dry_run {
-        let (spec, tokens) = (start.model.spec(), training.tokens_per_micro_batch);
-        let memory = Memory::new().trained("model", spec, Head::Scalar, tokens, training.recompute);
         let (train, eval, steps) = (pairs.train.len(), pairs.eval.len(), training.steps(pairs.train.len()));
-        println!("{}\nreward: {train} pairs, {eval} held out, {steps} steps\n\n{memory}", launch.plan_text()?);
-        return Ok(Outcome::Finished);
+        let work = format!("{train} pairs, {eval} held out, {steps} steps");
+        return dry_run::print(launch, Stage::Reward, start.model.spec(), &work);
     }
-    let mut run = Run::open(dir, Stage::Reward, config, launch.resume)?;
+    let mut run = Run::open(dir, Stage::Reward, config, launch.resume, &launch.world)?;
     run.pin("data", &pairs.digest)?;
     run.pin("model", &start.digest)?;
     if run.is_finished() {
@@ -55,12 +61,15 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
         return Ok(Outcome::Finished);
     }
     let LoadedModel { model, tokenizer, source_config, .. } = start;
-    let plan = Plan { stage: Stage::Reward, training, optimizer: &config.reward.optimizer, seed: config.run.seed };
+    let (seed, role) = (config.run.seed, Role::RewardModel);
+    let plan = Plan { stage: Stage::Reward, training, optimizer: &config.reward.optimizer, seed, role };
+    let team = Team::new(launch, &run, Stage::Reward)?;
     let objective = Preferences::new(&pairs, config);
-    let Some(trained) = supervised::train(&mut run, &plan, model, &objective, &launch.stop)? else {
+    let Some(trained) = supervised::train(launch, &mut run, &team, &plan, model, &objective)? else {
         return Ok(Outcome::Stopped);
     };
-    let scale = objective.scale(&trained.model)?;
+    let scale = objective.scale(&trained.model, &team)?;
+    adapters::publish(&trained.model, &config.lora, &source, &mut run)?;
     let results = supervised::results(&trained, run.seconds());
     let export = run.finish(&results, |staging| {
         models::export(&trained.model, &tokenizer, &source_config, scale, config, staging)
@@ -70,7 +79,7 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
         (field::REWARD_MEAN, "mean score, held-out texts"),
         (field::REWARD_STD, "standard deviation"),
     ];
-    println!("{}\n{}", supervised::table("reward", &results, &shown), export.display());
+    launch.say(format_args!("{}\n{}", supervised::table("reward", &results, &shown), export.display()));
     Ok(Outcome::Finished)
 }
 
@@ -105,23 +114,21 @@ impl<'a> Preferences<'a> {
     }
 
     /// The score of each text.
-    fn scores(&self, model: &Model, texts: &[Text]) -> Result<Vec<f64>> {
+    fn scores(&self, model: &Model, team: &Team, texts: &[Text]) -> Result<Vec<f64>> {
         let lengths: Vec<usize> = texts.iter().map(|text| text.ids.len()).collect();
-        let mut scores = Vec::with_capacity(texts.len());
-        for group in batches(&lengths, self.budget)? {
-            let batch = Packed::from_sequences(group.into_iter().map(|index| &texts[index].ids));
-            let found = model.scores(&batch, &last_rows(&batch))?.to_vec1::<f32>()?;
-            scores.extend(found.into_iter().map(f64::from));
-        }
-        Ok(scores)
+        let scored = team.score(model, &batches(&lengths, self.budget)?, |group| {
+            let batch = Packed::from_sequences(group.iter().map(|&index| &texts[index].ids));
+            Ok(model.scores(&batch, &last_rows(&batch))?.to_vec1()?)
+        })?;
+        Ok(scored.into_iter().flatten().map(f64::from).collect())
     }
 
     /// Mean and spread of the scores of held-out texts (of training texts if none is held out); `None` if all are the same.
-    fn scale(&self, model: &Model) -> Result<Option<RewardScale>> {
+    fn scale(&self, model: &Model, team: &Team) -> Result<Option<RewardScale>> {
         let held_out = self.pairs.eval.texts();
         let trained = self.pairs.train.texts();
         let texts = if held_out.is_empty() { &trained[..trained.len().min(self.max_texts)] } else { held_out };
-        let (mean, std) = mean_and_std(&self.scores(model, texts)?);
+        let (mean, std) = mean_and_std(&self.scores(model, team, texts)?);
         if std > 0.0 && mean.is_finite() && std.is_finite() {
             return Ok(Some(RewardScale { mean, std }));
         }
@@ -148,32 +155,42 @@ impl Objective for Preferences<'_> {
         format!("{} over {}", chosen.origin, rejected.origin)
     }
 
-    fn accumulate(&self, engine: &mut Engine<Train>, rows: &[StepRow], pass: Pass) -> Result<f64> {
-        let mut batch = Packed::new();
-        for &row in rows {
-            for (text, side) in self.texts(row).into_iter().zip(0..) {
-                batch.push(&text.ids, 2 * row.place + side);
+    fn accumulate(
+        &self,
+        engine: &mut Engine<Train>,
+        passes: &[Option<Vec<StepRow>>],
+        pass: Pass,
+    ) -> Result<Vec<Option<f64>>> {
+        let micro_batch = |rows: &Vec<StepRow>| {
+            let mut batch = Packed::new();
+            for &row in rows {
+                for (text, side) in self.texts(row).into_iter().zip(0..) {
+                    batch.push(&text.ids, 2 * row.place + side);
+                }
             }
-        }
-        let margins: Vec<f32> = rows.iter().map(|&row| self.pair(row).margin).collect();
-        let mut sum = 0.0;
-        engine.accumulate_scores(&batch, &last_rows(&batch), pass.dropout, pass.recompute, |scores| {
+            MicroBatch { rows: last_rows(&batch), labels: Vec::new(), batch, dropout: pass.dropout }
+        };
+        let micro_batches: Vec<_> = passes.iter().map(|rows| rows.as_ref().map(micro_batch)).collect();
+        let mut sums = vec![None; passes.len()];
+        engine.accumulate_all_scores(&micro_batches, pass.recompute, |number, scores| {
+            let rows = passes[number].iter().flatten();
+            let margins: Vec<f32> = rows.map(|&row| self.pair(row).margin).collect();
             let (loss, slopes) = self.loss.of(&scores.to_vec1::<f32>()?, &margins);
-            sum = loss;
+            sums[number] = Some(loss);
             // A linear function with the loss's own slopes: autograd has another idea of |x| at equal scores.
             let slopes = Tensor::from_vec(slopes, scores.dims1()?, &Device::Cpu)?;
             Ok((scores * slopes)?.sum_all()?)
         })?;
-        Ok(sum)
+        Ok(sums)
     }
 
     /// Share of held-out pairs that are ranked as people rank them, and mean and spread of the held-out texts' scores.
-    fn evaluate(&self, model: &Model) -> Result<Measures> {
+    fn evaluate(&self, model: &Model, team: &Team) -> Result<Measures> {
         let held_out = &self.pairs.eval;
         if held_out.is_empty() {
             return Ok(Measures::new());
         }
-        let scores = self.scores(model, held_out.texts())?;
+        let scores = self.scores(model, team, held_out.texts())?;
         let pairs = (0..held_out.len()).map(|index| held_out.pair(0, index));
         let right = pairs.filter(|pair| scores[pair.chosen] > scores[pair.rejected]).count();
         let (mean, std) = mean_and_std(&scores);

@@ -32,8 +32,8 @@ pub fn run(launch: &Launch) -> Result<Outcome> {
             return Ok(outcome);
         }
     }
-    if !launch.dry_run {
-        println!("{}", summary(root)?);
+    if !launch.dry_run && launch.is_leader() {
+        launch.say(summary(root)?);
     }
     Ok(Outcome::Finished)
 }

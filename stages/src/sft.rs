@@ -9,17 +9,20 @@ use std::path::Path;
 
 use serde_json::json;
 use tandem_data::{Encoded, Tokenizer};
+use tandem_engine::model::families;
 use tandem_engine::model::unit::Head;
-use tandem_engine::{Engine, Model, Packed, Train};
+use tandem_engine::{Engine, LogProbs, MicroBatch, Model, Packed, Train};
 
+use crate::adapters;
 use crate::cli::{Launch, Outcome};
-use crate::config::{Config, SftLoss, Stage};
+use crate::config::{Config, Role, SftLoss, Stage};
 use crate::dataset::{SftSample, SftSamples, sft_samples, train_tokenizer};
+use crate::dry_run;
 use crate::error::{Result, StageError};
-use crate::memory::Memory;
 use crate::models::{self, LoadedModel};
 use crate::monitor::{Table, field};
 use crate::plan::ModelSource;
+use crate::ranks::Team;
 use crate::run::Run;
 use crate::supervised::{self, Measures, Objective, Pass, Plan, StepRow, Trained, batches};
 
@@ -32,36 +35,35 @@ pub const EVAL_UNIGRAM_PPL: &str = "eval/unigram_ppl";
 /// Data or a model that cannot be used, a directory that holds another run, numbers that went wrong, a disk that fails.
 pub fn run(launch: &Launch, dir: &Path, _pipeline: Option<&Path>) -> Result<Outcome> {
     let config = &launch.config;
+    if launch.dry_run {
+        return plan(launch);
+    }
     let start = start(config)?;
     start.check_length("data.max_tokens", config.data.max_tokens)?;
     let samples = sft_samples(config, &start.tokenizer)?;
     let training = config.sft.training();
-    if launch.dry_run {
-        let (spec, tokens) = (start.model.spec(), training.tokens_per_micro_batch);
-        let memory = Memory::new().trained("model", spec, Head::Language, tokens, training.recompute);
-        let steps = training.steps(samples.train.len());
-        let (train, eval) = (samples.train.len(), samples.eval.len());
-        println!("{}\nsft: {train} sequences, {eval} held out, {steps} steps\n\n{memory}", launch.plan_text()?);
-        return Ok(Outcome::Finished);
-    }
-    let mut run = Run::open(dir, Stage::Sft, config, launch.resume)?;
+    let mut run = Run::open(dir, Stage::Sft, config, launch.resume, &launch.world)?;
     run.pin("data", &samples.digest)?;
     run.pin("model", &start.digest)?;
     if run.is_finished() {
         tracing::info!("sft: finished before; nothing is left to do");
         return Ok(Outcome::Finished);
     }
+    let base = config.model.path.clone().unwrap_or_default();
     let LoadedModel { model, tokenizer, source_config, .. } = start;
-    let plan = Plan { stage: Stage::Sft, training, optimizer: &config.sft.optimizer, seed: config.run.seed };
+    let (seed, role) = (config.run.seed, Role::Actor);
+    let plan = Plan { stage: Stage::Sft, training, optimizer: &config.sft.optimizer, seed, role };
+    let team = Team::new(launch, &run, Stage::Sft)?;
     let objective = Responses { samples: &samples, loss: config.sft.loss, budget: training.tokens_per_micro_batch };
-    let Some(trained) = supervised::train(&mut run, &plan, model, &objective, &launch.stop)? else {
+    let Some(trained) = supervised::train(launch, &mut run, &team, &plan, model, &objective)? else {
         return Ok(Outcome::Stopped);
     };
+    adapters::publish(&trained.model, &config.lora, &base, &mut run)?;
     let results = results(&trained, &objective, &tokenizer, run.seconds());
     let export = run.finish(&results, |staging| {
         models::export(&trained.model, &tokenizer, &source_config, None, config, staging)
     })?;
-    println!("{}\n{}", table(&results), export.display());
+    launch.say(format_args!("{}\n{}", table(&results), export.display()));
     Ok(Outcome::Finished)
 }
 
@@ -69,16 +71,44 @@ pub fn run(launch: &Launch, dir: &Path, _pipeline: Option<&Path>) -> Result<Outc
 fn start(config: &Config) -> Result<LoadedModel> {
     match config.sft_model()? {
         ModelSource::Path(path) => models::load_for(config, &path, Head::Language),
-        ModelSource::New(new) => {
-            let mut tokenizer = match (&config.tokenizer.train, &config.tokenizer.path) {
-                (Some(train), _) => train_tokenizer(config, train)?,
-                (None, Some(path)) => models::load_tokenizer(path)?,
-                (None, None) => return Err(StageError::bug("a new model without a tokenizer was not refused")),
-            };
-            models::set_template(&mut tokenizer, &config.data)?;
-            models::initial(&new, tokenizer, config.run.seed)
-        }
+        ModelSource::New(new) => models::initial(&new, new_tokenizer(config)?, config.run.seed),
     }
+}
+
+/// The tokenizer of a new model.
+fn new_tokenizer(config: &Config) -> Result<Tokenizer> {
+    let mut tokenizer = match (&config.tokenizer.train, &config.tokenizer.path) {
+        (Some(train), _) => train_tokenizer(config, train)?,
+        (None, Some(path)) => models::load_tokenizer(path)?,
+        (None, None) => return Err(StageError::bug("a new model without a tokenizer was not refused")),
+    };
+    models::set_template(&mut tokenizer, &config.data)?;
+    Ok(tokenizer)
+}
+
+/// Prints what would be done, held in memory and sent.
+fn plan(launch: &Launch) -> Result<Outcome> {
+    let config = &launch.config;
+    if let Some(outcome) = dry_run::from_shape(launch, Stage::Sft)? {
+        return Ok(outcome);
+    }
+    let (spec, tokenizer) = match config.sft_model()? {
+        ModelSource::Path(path) => {
+            let loaded = models::load_for(config, &path, Head::Language)?;
+            (loaded.model.spec().clone(), loaded.tokenizer)
+        }
+        // Its weights need not be drawn.
+        ModelSource::New(new) => {
+            let tokenizer = new_tokenizer(config)?;
+            (new.spec(tokenizer.vocab_size()), tokenizer)
+        }
+    };
+    families::check_expressible(&spec)?;
+    dry_run::check_length(&spec, "data.max_tokens", config.data.max_tokens)?;
+    let samples = sft_samples(config, &tokenizer)?;
+    let (train, eval) = (samples.train.len(), samples.eval.len());
+    let steps = config.sft.training().steps(train);
+    dry_run::print(launch, Stage::Sft, &spec, &format!("{train} sequences, {eval} held out, {steps} steps"))
 }
 
 /// The negative log-likelihood of responses (or of everything).
@@ -139,22 +169,32 @@ impl Objective for Responses<'_> {
         self.sample(row).origin.to_string()
     }
 
-    fn accumulate(&self, engine: &mut Engine<Train>, rows: &[StepRow], pass: Pass) -> Result<f64> {
-        let (batch, rows, labels) = self.pack(rows.iter().map(|&row| (&self.sample(row).encoded, row.place)));
-        let (sum, _) = engine.accumulate_log_probs(&batch, &rows, &labels, pass.dropout, pass.recompute, |out| {
-            Ok(out.logp.sum_all()?.neg()?)
-        })?;
-        Ok(sum)
+    fn accumulate(
+        &self,
+        engine: &mut Engine<Train>,
+        passes: &[Option<Vec<StepRow>>],
+        pass: Pass,
+    ) -> Result<Vec<Option<f64>>> {
+        let micro_batch = |rows: &Vec<StepRow>| {
+            let (batch, rows, labels) = self.pack(rows.iter().map(|&row| (&self.sample(row).encoded, row.place)));
+            MicroBatch { batch, rows, labels, dropout: pass.dropout }
+        };
+        let passes: Vec<_> = passes.iter().map(|rows| rows.as_ref().map(micro_batch)).collect();
+        let loss = |_, out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
+        let results = engine.accumulate_all_log_probs(&passes, pass.recompute, loss)?;
+        Ok(results.into_iter().map(|result| result.map(|(sum, _)| sum)).collect())
     }
 
     /// Perplexity of the held-out samples: `exp(−Σ log π / tokens)`.
-    fn evaluate(&self, model: &Model) -> Result<Measures> {
+    fn evaluate(&self, model: &Model, team: &Team) -> Result<Measures> {
         let lengths: Vec<usize> = self.samples.eval.iter().map(|sample| sample.encoded.ids.len()).collect();
         let (mut sum, mut count) = (0.0, 0);
-        for group in batches(&lengths, self.budget)? {
-            let samples = group.into_iter().map(|index| &self.samples.eval[index].encoded);
+        let scored = team.score(model, &batches(&lengths, self.budget)?, |group| {
+            let samples = group.iter().map(|&index| &self.samples.eval[index].encoded);
             let (batch, rows, labels) = self.pack(samples.zip(0..));
-            let logp = model.log_probs(&batch, &rows, &labels)?.logp.to_vec1::<f32>()?;
+            Ok(model.log_probs(&batch, &rows, &labels)?.logp.to_vec1()?)
+        })?;
+        for logp in scored {
             sum += logp.iter().map(|&logp| f64::from(logp)).sum::<f64>();
             count += logp.len();
         }

@@ -39,6 +39,12 @@ impl StopFlag {
         Self { remaining: Some(Arc::new(AtomicU64::new(count))), ..Self::default() }
     }
 
+    /// The flag as one of several ranks sees it: raised for all at once, but safe points are counted by each for itself.
+    pub(crate) fn for_rank(&self) -> Self {
+        let count = |count: &Arc<AtomicU64>| Arc::new(AtomicU64::new(count.load(Ordering::Relaxed)));
+        Self { requested: Arc::clone(&self.requested), remaining: self.remaining.as_ref().map(count) }
+    }
+
     /// Raises the flag.
     pub fn request(&self) {
         self.requested.store(true, Ordering::Relaxed);
@@ -65,6 +71,18 @@ mod tests {
         let shared = stop.clone();
         assert_eq!([stop.is_requested(), shared.is_requested(), stop.is_requested()], [false, false, true]);
         assert!(shared.is_requested(), "and stays up");
+    }
+
+    #[test]
+    fn each_rank_counts_its_own_safe_points() {
+        let stop = StopFlag::after(1);
+        let ranks = [stop.for_rank(), stop.for_rank()];
+        assert!(ranks.iter().all(|rank| !rank.is_requested()));
+        assert!(ranks[0].is_requested());
+        let requested = StopFlag::default();
+        let rank = requested.for_rank();
+        requested.request();
+        assert!(rank.is_requested());
     }
 
     #[test]

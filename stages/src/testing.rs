@@ -6,7 +6,6 @@ use std::path::Path;
 
 use crate::cli::Launch;
 use crate::config::{Config, Origin};
-use crate::run::Resume;
 use crate::stop::StopFlag;
 
 /// Settings of a model that trains in a second.
@@ -52,7 +51,7 @@ pub(crate) fn rated(dir: &Path, rows: usize, more: &str) -> Config {
 /// A launch that is stopped after `steps` steps, if any are given.
 pub(crate) fn launch(config: &Config, steps: Option<u64>) -> Launch {
     let stop = steps.map_or_else(StopFlag::default, |steps| StopFlag::after(steps - 1));
-    Launch { config: config.clone(), resume: Resume::Auto, dry_run: false, stop }
+    Launch { stop, ..Launch::new(config.clone()) }
 }
 
 /// The rows of a run's `metrics.jsonl`.

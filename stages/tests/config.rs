@@ -211,3 +211,51 @@ fn a_bad_configuration_is_exit_code_2() {
     let error: StageError = parse("[nothing]").unwrap_err().into();
     assert_eq!(error.exit_code() as u8, 2);
 }
+
+#[test]
+fn sharing_work_has_its_own_checks() {
+    for (key, value) in [
+        ("parallel.tensor", "0"),
+        ("parallel.pipeline", "0"),
+        ("parallel.timeout_s", "0"),
+        ("parallel.timeout_s", "inf"),
+        ("parallel.reduce_bucket_mib", "0"),
+        ("actor.zero_stage", "4"),
+        ("reward_model.zero_stage", "9"),
+        ("critic.offload_dir", "somewhere"),
+        ("lora.alpha", "0"),
+        ("lora.dropout", "1"),
+        ("lora.learning_rate", "0"),
+        ("lora.adapter", "some/adapter"),
+        ("ppo.inference_tp_size", "0"),
+        ("ppo.tp_gather_partition_size", "0"),
+        ("ppo.max_out_tokens", "511"),
+        ("sft.optimizer.freeze_steps", "10"),
+        ("reward.optimizer.max_local_steps", "0"),
+    ] {
+        let error = parse_with(MINIMAL, &[&format!("{key}={value}")]).expect_err(key);
+        let ConfigError::Invalid { problems, .. } = error else { panic!("{key}={value}: {error}") };
+        assert_eq!(problems.len(), 1, "{key}: {problems:?}");
+        assert!(problems[0].contains(&format!("`{key}`")), "{problems:?}");
+    }
+    refuses(MINIMAL, &["lora.rank=4", "lora.targets=['q_proj', 'q_proj']"], &["`lora.targets[1]`", "once more"]);
+    refuses(MINIMAL, &["parallel.tensor=2", "parallel.tensor_lanes=3"], &["`parallel.tensor_lanes`", "is 3", "= 2"]);
+    refuses("[actor]\nzero_stge = 1", &[], &["`actor.zero_stge`", "did you mean `actor.zero_stage`?"]);
+    refuses("[actor]\noffload = 'al'", &[], &["`actor.offload`", "\"optimizer\"", "did you mean `all`?"]);
+    refuses("[sft.optimizer]\nkind = 'adam'", &[], &["`sft.optimizer.kind`", "did you mean `adamw`?"]);
+    parse_with(MINIMAL, &["lora.rank=4", "lora.adapter=some/adapter", "ppo.max_out_tokens=512"]).unwrap();
+}
+
+#[test]
+fn compressed_gradients_are_those_of_whole_models() {
+    let kind = "ppo.actor_optimizer.kind=one_bit_adam";
+    parse_with(MINIMAL, &[kind, "actor.zero_stage=1", "critic.zero_stage=3"]).unwrap();
+    let parts = ["`ppo.actor_optimizer.kind`", "\"one_bit_adam\"", "actor.zero_stage", "not 2"];
+    refuses(MINIMAL, &[kind, "actor.zero_stage=2"], &parts);
+    let parts = ["`reward.optimizer.kind`", "parallel.tensor = 1", "not 1 and 2"];
+    refuses(MINIMAL, &["reward.optimizer.kind=sign_sgd", "parallel.pipeline=2"], &parts);
+    // The stage with that optimizer is not run.
+    let overrides = [kind.to_owned(), "actor.zero_stage=3".to_owned()];
+    let config = Config::parse(MINIMAL, &origin(), &overrides).unwrap();
+    config.check(&[Stage::Sft], &origin()).unwrap();
+}

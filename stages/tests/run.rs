@@ -3,8 +3,10 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use tandem_collective::{Collective, Solo};
 use tandem_stages::config::{Config, ConfigError, Origin, Stage};
 use tandem_stages::error::{Result, StageError};
 use tandem_stages::monitor::{MetricsRow, field};
@@ -23,11 +25,16 @@ fn config(overrides: &[&str]) -> Config {
 }
 
 fn open(dir: &Path, overrides: &[&str]) -> Result<Run> {
-    Run::open(dir, Stage::Sft, &config(overrides), Resume::Auto)
+    open_as(dir, Stage::Sft, overrides, Resume::Auto)
 }
 
-fn write_weights(staging: &mut Staging) -> Result<()> {
-    Ok(staging.write("model.safetensors", b"weights")?)
+fn open_as(dir: &Path, stage: Stage, overrides: &[&str], resume: Resume) -> Result<Run> {
+    let world: Arc<dyn Collective> = Arc::new(Solo::default());
+    Run::open(dir, stage, &config(overrides), resume, &world)
+}
+
+fn write_weights(staging: Option<&mut Staging>) -> Result<()> {
+    staging.map_or(Ok(()), |staging| Ok(staging.write("model.safetensors", b"weights")?))
 }
 
 fn steps(run: &mut Run, steps: std::ops::RangeInclusive<u64>) {
@@ -88,7 +95,7 @@ fn another_plan_is_refused_with_the_differences() {
     assert!(matches!(&error, StageError::Config(ConfigError::OtherPlan { differences, .. }) if differences.len() == 2));
     let message = error.to_string();
     assert!(message.contains("run.seed: was 0, is 1") && message.contains("--resume never"), "{message}");
-    let other_stage = Run::open(dir.path(), Stage::Ppo, &config(&[]), Resume::Auto).unwrap_err();
+    let other_stage = open_as(dir.path(), Stage::Ppo, &[], Resume::Auto).unwrap_err();
     assert!(other_stage.to_string().contains("stage: was sft, is ppo"));
     // What other stages read is none of this stage's business.
     open(dir.path(), &["ppo.gamma=0.9", "sft.optimizer.learning_rate=1e-5"]).unwrap();
@@ -100,7 +107,7 @@ fn starting_over_sets_the_old_run_aside() {
     let mut run = open(dir.path(), &[]).unwrap();
     steps(&mut run, 1..=4);
     drop(run);
-    let run = Run::open(dir.path(), Stage::Sft, &config(&["run.seed=7"]), Resume::Never).unwrap();
+    let run = open_as(dir.path(), Stage::Sft, &["run.seed=7"], Resume::Never).unwrap();
     assert!(run.resume_point().is_none());
     assert_eq!(logged_steps(dir.path()), [0; 0]);
     assert!(dir.path().join("previous-1/checkpoints/step-4/model.safetensors").is_file());
@@ -129,7 +136,7 @@ fn a_directory_in_use_is_exit_code_6() {
 
 #[test]
 fn a_full_disk_is_put_up_with_twice() {
-    let full = |_: &mut Staging| -> Result<()> {
+    let full = |_: Option<&mut Staging>| -> Result<()> {
         let source = io::ErrorKind::StorageFull.into();
         Err(StoreError::NoSpace { action: "write", path: "x".into(), source }.into())
     };
@@ -169,5 +176,5 @@ fn no_intact_checkpoint_is_exit_code_7() {
         fs::write(dir.path().join(format!("checkpoints/step-{step}/model.safetensors")), "changed").unwrap();
     }
     assert_eq!(open(dir.path(), &[]).unwrap_err().exit_code() as u8, 7);
-    Run::open(dir.path(), Stage::Sft, &config(&[]), Resume::Never).unwrap();
+    open_as(dir.path(), Stage::Sft, &[], Resume::Never).unwrap();
 }

@@ -128,7 +128,8 @@ pub fn assert_close(what: &str, got: &[f32], wanted: &[f32]) {
 pub fn export(root: &Path, loaded: &import::Loaded, options: &ExportOptions) -> Result<PathBuf> {
     let run = RunDir::open(root)?;
     let mut staging = run.stage_export()?;
-    export::write(&loaded.spec, loaded.head, &loaded.units, Some(&loaded.config), options, &mut staging)?;
+    let model = Model::from_parts(loaded.spec.clone(), loaded.head, loaded.units.clone())?;
+    export::write(&model, Some(&loaded.config), options, Some(&mut staging))?;
     staging.publish(serde_json::Value::Null)?;
     Ok(run.export_path())
 }

@@ -7,6 +7,7 @@ use tandem_engine::generate::{Request, SamplingKey, generate};
 use tandem_engine::model::families::{TensorMap, tensors};
 use tandem_engine::model::unit::{Head, UnitBuffer};
 use tandem_engine::model::{Model, Recompute};
+use tandem_engine::parallel::{Gradients, Placement};
 use tandem_kernels::sample::SamplingParams;
 use tandem_tests::golden::{
     CAUSAL, Vectors, assert_close, difference, floats, in_file_order, largest, last_rows, model, predictions,
@@ -64,12 +65,12 @@ fn gradients_of_every_parameter() {
         let (model, batch) = (model(name, Head::Language), vectors.batch());
         let (rows, labels) = predictions(&batch);
         for recompute in [Recompute::Off, Recompute::On] {
-            let grads = model.zeros_like_units().unwrap();
+            let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
             let trace = model.trace(&batch, None, recompute).unwrap();
             let mean = |out: &tandem_engine::LogProbs| Ok(out.logp.mean_all()?.neg()?);
-            let (loss, _) = trace.backward_log_probs(&rows, &labels, &grads, mean).unwrap();
+            let (loss, _) = trace.backward_log_probs(&rows, &labels, &mut grads, mean).unwrap().unwrap();
             assert_close(name, &[loss as f32], &vectors.floats("loss/mean"));
-            assert_gradients(name, &model, &grads, &vectors);
+            assert_gradients(name, &model, grads.in_place().unwrap(), &vectors);
         }
     }
 }
@@ -113,9 +114,9 @@ fn scores_and_gradients_of_a_reward_model() {
         let margin = (pairs.narrow(1, 0, 1)? - pairs.narrow(1, 1, 1)?)?.to_dtype(DType::F32)?;
         Ok((margin.neg()?.exp()? + 1.0)?.log()?.mean_all()?)
     };
-    let grads = model.zeros_like_units().unwrap();
+    let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
     let trace = model.trace(&batch, None, Recompute::Off).unwrap();
-    let (loss, _) = trace.backward_scores(&last, &grads, pairwise).unwrap();
+    let (loss, _) = trace.backward_scores(&last, &mut grads, pairwise).unwrap().unwrap();
     assert_close(name, &[loss as f32], &vectors.floats("loss/mean"));
-    assert_gradients(name, &model, &grads, &vectors);
+    assert_gradients(name, &model, grads.in_place().unwrap(), &vectors);
 }

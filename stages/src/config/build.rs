@@ -5,12 +5,24 @@ use tandem_engine::train;
 use tandem_kernels::mlp::Activation;
 
 use super::model::NewModelConfig;
-use super::optimizer::OptimizerConfig;
+use super::optimizer::{OptimizerConfig, OptimizerKind};
 
 impl OptimizerConfig {
     /// The engine's optimizer for a run of `total_steps` steps.
     pub fn build(&self, total_steps: u64) -> train::OptimizerConfig {
+        let freeze_steps = self.freeze_after(total_steps).max(1);
         train::OptimizerConfig {
+            kind: match self.kind {
+                OptimizerKind::Adamw => train::OptimizerKind::AdamW,
+                OptimizerKind::OneBitAdam => train::OptimizerKind::OneBitAdam { freeze_steps },
+                OptimizerKind::ZeroOneAdam => train::OptimizerKind::ZeroOneAdam {
+                    freeze_steps,
+                    variance_updates_per_interval: self.variance_updates_per_interval,
+                    steps_per_local_interval: self.steps_per_local_interval,
+                    max_local_steps: self.max_local_steps,
+                },
+                OptimizerKind::SignSgd => train::OptimizerKind::SignSgd { error_feedback: true },
+            },
             schedule: train::Schedule {
                 kind: self.schedule,
                 peak_lr: self.learning_rate,

@@ -65,6 +65,19 @@ pub enum ConfigError {
         /// What is wrong.
         problem: String,
     },
+    /// The ranks of one world are not about to do the same.
+    #[error(
+        "rank {rank} has another {what} than rank {leader}; start all ranks with the same program, configuration and \
+         arguments"
+    )]
+    RanksDiffer {
+        /// The first rank that differs.
+        rank: usize,
+        /// The rank it is compared with.
+        leader: usize,
+        /// What differs.
+        what: &'static str,
+    },
     /// The output directory holds a run of another plan.
     #[error(
         "{} holds a run of another plan, which this one cannot continue:\n  {}\nuse another --output-dir, restore these \

@@ -12,11 +12,14 @@ mod error;
 mod eval;
 mod generation;
 mod load;
+mod lora;
 mod model;
 mod optimizer;
 mod overrides;
+mod parallel;
 mod ppo;
 mod reward;
+mod role;
 mod run;
 mod scoring;
 mod sft;
@@ -29,10 +32,13 @@ pub use data::{DataConfig, SourceConfig};
 pub use error::{ConfigError, Origin};
 pub use eval::{EvalConfig, ExportConfig, ExportDtype};
 pub use generation::{GenerationConfig, SamplingConfig};
-pub use model::{ModelConfig, NewModelConfig, TokenizerConfig, TrainTokenizerConfig};
-pub use optimizer::OptimizerConfig;
+pub use lora::{LoraConfig, LoraExport};
+pub use model::{ModelConfig, NewModelConfig, ShapeConfig, TokenizerConfig, TrainTokenizerConfig};
+pub use optimizer::{OptimizerConfig, OptimizerKind};
+pub use parallel::{Lanes, MeshShape, ParallelConfig};
 pub use ppo::{KlConfig, PpoConfig};
 pub use reward::{PairSource, PairsConfig, RewardConfig};
+pub use role::{Offload, Role, RoleConfig};
 pub use run::RunConfig;
 pub use scoring::{RewardSourceConfig, RuleConfig, RuleKind};
 pub use sft::{SftConfig, SftLoss};
@@ -53,6 +59,18 @@ pub struct Config {
     pub tokenizer: TokenizerConfig,
     /// `[data]`.
     pub data: DataConfig,
+    /// `[parallel]`.
+    pub parallel: ParallelConfig,
+    /// `[actor]`: also the model that `sft` trains.
+    pub actor: RoleConfig,
+    /// `[critic]`.
+    pub critic: RoleConfig,
+    /// `[reference]`.
+    pub reference: RoleConfig,
+    /// `[reward_model]`: also the model that `reward` trains.
+    pub reward_model: RoleConfig,
+    /// `[lora]`.
+    pub lora: LoraConfig,
     /// `[sft]`.
     pub sft: SftConfig,
     /// `[reward]`.
@@ -78,11 +96,29 @@ impl Config {
         self.model.check(stages.contains(&Stage::Sft), &mut check);
         self.tokenizer.check(&self.model, &mut check);
         self.data.check(stages, &mut check);
+        self.parallel.check(&mut check);
+        self.check_roles(&mut check);
+        self.lora.check(&mut check);
         for stage in stages {
             match stage {
-                Stage::Sft => self.sft.check(self.data.max_tokens, &mut check),
-                Stage::Reward => self.reward.check(self.data.max_tokens, &mut check),
-                Stage::Ppo => self.ppo.check(&mut check),
+                Stage::Sft => {
+                    self.sft.check(self.data.max_tokens, &mut check);
+                    self.check_compression("sft.optimizer", &self.sft.optimizer, Role::Actor, &mut check);
+                }
+                Stage::Reward => {
+                    self.reward.check(self.data.max_tokens, &mut check);
+                    self.check_compression("reward.optimizer", &self.reward.optimizer, Role::RewardModel, &mut check);
+                }
+                Stage::Ppo => {
+                    self.ppo.check(&mut check);
+                    self.check_compression("ppo.actor_optimizer", &self.ppo.actor_optimizer, Role::Actor, &mut check);
+                    self.check_compression(
+                        "ppo.critic_optimizer",
+                        &self.ppo.critic_optimizer,
+                        Role::Critic,
+                        &mut check,
+                    );
+                }
             }
         }
         self.generation.check(&mut check);

@@ -1,6 +1,7 @@
 //! `[model]` and `[tokenizer]`: what is trained, and how text becomes tokens.
 
 use serde::{Deserialize, Serialize};
+use tandem_engine::model::spec::ModelSpec;
 
 use super::check::Checker;
 
@@ -12,6 +13,51 @@ pub struct ModelConfig {
     pub path: Option<String>,
     /// A model with random weights, to be trained from nothing.
     pub new: Option<NewModelConfig>,
+    /// The shape of the model at `path`, so that `--dry-run` needs none of its files; nothing else reads it.
+    pub shape: Option<ShapeConfig>,
+}
+
+/// `[model.shape]`: what a Llama-like model at `path` looks like.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShapeConfig {
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Width of the hidden state.
+    pub hidden: usize,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Query heads per block.
+    pub heads: usize,
+    /// Key-value heads per block.
+    pub kv_heads: usize,
+    /// Width of the MLP.
+    pub mlp_width: usize,
+    /// Longest sequence in tokens.
+    pub max_positions: usize,
+    /// Whether the embedding serves as the head too.
+    pub tie_embeddings: bool,
+}
+
+impl ShapeConfig {
+    /// The shape as that of a new model.
+    fn model(&self) -> NewModelConfig {
+        NewModelConfig {
+            hidden: self.hidden,
+            layers: self.layers,
+            heads: self.heads,
+            kv_heads: Some(self.kv_heads),
+            mlp_width: self.mlp_width,
+            max_positions: self.max_positions,
+            tie_embeddings: self.tie_embeddings,
+            ..NewModelConfig::default()
+        }
+    }
+
+    /// The model.
+    pub fn spec(&self) -> ModelSpec {
+        self.model().spec(self.vocab_size)
+    }
 }
 
 /// `[model.new]`: the shape of a Llama-like model (RMS norm, rotary positions, gated SiLU MLP, grouped heads, no biases).
@@ -72,43 +118,44 @@ impl NewModelConfig {
         self.head_width.unwrap_or(self.hidden / self.heads.max(1))
     }
 
-    fn check(&self, check: &mut Checker) {
+    fn check(&self, section: &str, check: &mut Checker) {
         /// Far above any model there is; products of sizes stay far from overflow.
         const MAX_SIZE: usize = 1 << 20;
-        for (key, value) in [
-            ("model.new.hidden", self.hidden),
-            ("model.new.layers", self.layers),
-            ("model.new.heads", self.heads),
-            ("model.new.kv_heads", self.kv_heads()),
-            ("model.new.head_width", self.head_width()),
-            ("model.new.mlp_width", self.mlp_width),
-            ("model.new.max_positions", self.max_positions),
+        let key = |name: &str| format!("{section}.{name}");
+        for (name, value) in [
+            ("hidden", self.hidden),
+            ("layers", self.layers),
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads()),
+            ("head_width", self.head_width()),
+            ("mlp_width", self.mlp_width),
+            ("max_positions", self.max_positions),
         ] {
             if !(1..=MAX_SIZE).contains(&value) {
-                check.fail(key, format_args!("is {value}; it must lie between 1 and {MAX_SIZE}"));
+                check.fail(&key(name), format_args!("is {value}; it must lie between 1 and {MAX_SIZE}"));
             }
         }
         if self.head_width.is_none() && self.heads > 0 && !self.hidden.is_multiple_of(self.heads) {
             check.fail(
-                "model.new.heads",
+                &key("heads"),
                 format_args!("is {}, which does not divide hidden = {}; or give head_width", self.heads, self.hidden),
             );
         }
         if !self.head_width().is_multiple_of(2) {
             check.fail(
-                "model.new.head_width",
+                &key("head_width"),
                 format_args!("is {}; rotary positions need an even width", self.head_width()),
             );
         }
         if self.kv_heads() > 0 && !self.heads.is_multiple_of(self.kv_heads()) {
             check.fail(
-                "model.new.kv_heads",
+                &key("kv_heads"),
                 format_args!("is {}, which does not divide heads = {}", self.kv_heads(), self.heads),
             );
         }
-        check.positive("model.new.rope_base", self.rope_base);
-        check.positive("model.new.norm_epsilon", self.norm_epsilon);
-        check.positive("model.new.init_std", self.init_std);
+        check.positive("rope_base", self.rope_base);
+        check.positive("norm_epsilon", self.norm_epsilon);
+        check.positive("init_std", self.init_std);
     }
 }
 
@@ -121,8 +168,15 @@ impl ModelConfig {
         if self.path.as_deref() == Some("") {
             check.fail("model.path", "is empty; name a folder, a GGUF file or a hub id");
         }
+        if let Some(shape) = &self.shape {
+            if self.path.is_none() {
+                check.fail("model.shape", "is given without `model.path`; a new model has its own shape");
+            }
+            check.at_least("model.shape.vocab_size", shape.vocab_size, 1);
+            shape.model().check("model.shape", check);
+        }
         if let Some(new) = &self.new {
-            new.check(check);
+            new.check("model.new", check);
         }
     }
 }

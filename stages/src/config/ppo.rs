@@ -34,6 +34,17 @@ pub struct PpoConfig {
     pub max_prompt_tokens: usize,
     /// Longest response in tokens, the end token included.
     pub max_response_tokens: usize,
+    /// Most tokens of prompt and response together; left out: the sum of their two limits, which it must not be below.
+    pub max_out_tokens: Option<usize>,
+    /// Ranks that share a copy of the actor while it generates.
+    pub inference_tp_size: usize,
+    /// Whether the memory of the key-value cache is given back after each rollout; otherwise it is kept for the next one.
+    pub release_inference_cache: bool,
+    /// Whether the copy of the actor that generates is kept while training, and only its values are renewed: faster
+    /// switches, more memory.
+    pub pin_parameters: bool,
+    /// Units that are exchanged together when the actor is laid out for generation.
+    pub tp_gather_partition_size: usize,
     /// Prompts are the first words of the rows' texts, this many; left out: the rows' prompts.
     pub opening_words: Option<usize>,
     /// `[ppo.sampling]`: how responses are sampled. Log-probabilities are always those of the model itself.
@@ -107,6 +118,11 @@ impl Default for PpoConfig {
             recompute: false,
             max_prompt_tokens: 256,
             max_response_tokens: 256,
+            max_out_tokens: None,
+            inference_tp_size: 1,
+            release_inference_cache: true,
+            pin_parameters: false,
+            tp_gather_partition_size: 8,
             opening_words: None,
             sampling: SamplingConfig::default(),
             gamma: 1.0,
@@ -134,6 +150,11 @@ impl PpoConfig {
     /// Responses of one rollout.
     pub fn samples_per_iteration(&self) -> usize {
         self.prompts_per_iteration * self.samples_per_prompt
+    }
+
+    /// Most tokens of a prompt and its response.
+    pub fn longest_sequence(&self) -> usize {
+        self.max_prompt_tokens + self.max_response_tokens
     }
 
     /// Optimizer steps in all, if none is left out.
@@ -166,6 +187,18 @@ impl PpoConfig {
                 ),
             );
         }
+        if let Some(most) = self.max_out_tokens
+            && most < longest
+        {
+            check.fail(
+                "ppo.max_out_tokens",
+                format_args!(
+                    "is {most}, less than max_prompt_tokens + max_response_tokens = {longest}; raise it or lower these"
+                ),
+            );
+        }
+        check.at_least("ppo.inference_tp_size", self.inference_tp_size, 1);
+        check.at_least("ppo.tp_gather_partition_size", self.tp_gather_partition_size, 1);
         check.optional_count("ppo.opening_words", self.opening_words);
         self.sampling.check("ppo.sampling", check);
         if self.sampling.temperature == 0.0 {

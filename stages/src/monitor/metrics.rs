@@ -56,6 +56,8 @@ pub mod field {
     pub const TIME_SCORE_S: &str = "time/score_s";
     /// Seconds spent training.
     pub const TIME_TRAIN_S: &str = "time/train_s";
+    /// Bytes that the leader sent to other ranks in the step, for gradients, moments and weights.
+    pub const WIRE_BYTES: &str = "wire_bytes";
 }
 
 /// The measurements of one step, in the order in which they were set.

@@ -19,6 +19,7 @@ pub struct Progress {
 enum Show {
     Bar(ProgressBar),
     Lines(Lines),
+    Nothing,
 }
 
 impl Progress {
@@ -38,6 +39,11 @@ impl Progress {
         Self { show }
     }
 
+    /// Progress that nobody is shown: of a rank that follows another one.
+    pub fn silent() -> Self {
+        Self { show: Show::Nothing }
+    }
+
     /// Says that `step` steps are done, with a few figures.
     pub fn update(&mut self, step: u64, figures: &str) {
         match &mut self.show {
@@ -50,6 +56,7 @@ impl Progress {
                     print_line(&line);
                 }
             }
+            Show::Nothing => {}
         }
     }
 
@@ -58,6 +65,7 @@ impl Progress {
         match &self.show {
             Show::Bar(bar) => bar.suspend(|| print_line(text)),
             Show::Lines(_) => print_line(text),
+            Show::Nothing => {}
         }
     }
 

@@ -8,16 +8,20 @@ use tandem_data::experience::{ExperienceRow, Finish, read_parquet, to_parquet};
 use tandem_data::order::{Cursor, Sampler};
 use tandem_engine::generate::{self, SamplingKey};
 use tandem_engine::{Engine, Model, Train};
-use tandem_store::Series;
 
 use super::advantage::{RewardShape, gae};
 use super::rollout::{self, RolloutConfig, Sequence};
 use super::update::Lesson;
 use crate::dataset::PromptRow;
 use crate::error::{Result, StageError};
+use crate::ranks::Team;
+use crate::run::Run;
 use crate::scoring::{ScoreItem, Scorer};
 
-const FILE: &str = "experience.parquet";
+/// The file of the rows that a group of ranks has sampled.
+fn file_name(group: usize) -> String {
+    format!("rank-{group:05}.parquet")
+}
 
 /// Seconds that the parts of an iteration took.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,6 +32,7 @@ pub(super) struct Times {
 
 /// Makes experience.
 pub(super) struct Explorer<'a> {
+    pub(super) team: &'a Team,
     pub(super) prompts: &'a [PromptRow],
     pub(super) reference: &'a Model,
     pub(super) tokenizer: &'a tandem_data::Tokenizer,
@@ -71,8 +76,8 @@ impl Explorer<'_> {
             .iter()
             .map(|c| Sequence { sample: c.sample, prompt: ids[c.request], response: &c.ids })
             .collect();
-        let ref_logp = rollout::log_probs(self.reference, &sequences, self.tokens_per_micro_batch)?;
-        let values = rollout::values(critic, &sequences, self.tokens_per_micro_batch)?;
+        let ref_logp = rollout::log_probs(self.team, self.reference, &sequences, self.tokens_per_micro_batch)?;
+        let values = rollout::values(self.team, critic, &sequences, self.tokens_per_micro_batch)?;
         let texts: Vec<String> =
             completions.iter().map(|c| Ok(self.tokenizer.decode(&c.ids)?)).collect::<Result<_>>()?;
         let items: Vec<ScoreItem<'_>> = completions
@@ -113,18 +118,26 @@ impl Explorer<'_> {
     }
 }
 
-/// Publishes the rows of `iteration` in one piece.
-pub(super) fn commit(series: &Series, iteration: u64, rows: &[ExperienceRow]) -> Result<()> {
-    let mut staging = series.stage(iteration)?;
-    staging.write(FILE, &to_parquet(rows)?)?;
-    staging.publish(serde_json::json!({ "iteration": iteration, "rows": rows.len() }))?;
-    Ok(())
+/// Publishes the rows of `iteration` in one piece: a file for each of the `groups` of ranks that have sampled them.
+pub(super) fn commit(run: &Run, iteration: u64, rows: &[ExperienceRow], groups: usize) -> Result<()> {
+    let meta = serde_json::json!({ "iteration": iteration, "rows": rows.len(), "files": groups });
+    run.commit_experience(iteration, meta, |staging| {
+        let Some(staging) = staging else { return Ok(()) };
+        for group in 0..groups {
+            let own = rows.len() * group / groups..rows.len() * (group + 1) / groups;
+            staging.write(&file_name(group), &to_parquet(&rows[own])?)?;
+        }
+        Ok(())
+    })
 }
 
 /// Reads the rows of `iteration`, if they are there, and checks that the policy of `policy_step` sampled them.
-pub(super) fn read(series: &Series, iteration: u64, policy_step: Option<u64>) -> Result<Option<Vec<ExperienceRow>>> {
-    let Some(published) = series.open(iteration)? else { return Ok(None) };
-    let rows = read_parquet(published.path(FILE)?)?;
+pub(super) fn read(run: &Run, iteration: u64, policy_step: Option<u64>) -> Result<Option<Vec<ExperienceRow>>> {
+    let Some(published) = run.open_experience(iteration)? else { return Ok(None) };
+    let mut rows = Vec::new();
+    for file in published.files().iter().filter(|file| file.name.ends_with(".parquet")) {
+        rows.extend(read_parquet(published.path(&file.name)?)?);
+    }
     match (policy_step, rows.first()) {
         (Some(step), Some(row)) if row.policy_step != step => Err(StageError::Numerical(format!(
             "{} was sampled by the policy of step {}, this one is of step {step}; remove that folder to sample again",

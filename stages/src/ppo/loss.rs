@@ -89,6 +89,17 @@ pub(super) fn vector(values: &[f32]) -> Result<Tensor> {
 }
 
 impl PolicyStats {
+    /// The numbers in the order of the fields, for other ranks.
+    pub fn to_array(&self) -> [f64; 7] {
+        let Self { tokens, loss, entropy, clipped, approx_kl, ratio_max, logp_gap_max } = *self;
+        [tokens, loss, entropy, clipped, approx_kl, ratio_max, logp_gap_max]
+    }
+
+    /// Reverses [`Self::to_array`].
+    pub fn from_array([tokens, loss, entropy, clipped, approx_kl, ratio_max, logp_gap_max]: [f64; 7]) -> Self {
+        Self { tokens, loss, entropy, clipped, approx_kl, ratio_max, logp_gap_max }
+    }
+
     /// Takes in another micro-batch.
     pub fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;

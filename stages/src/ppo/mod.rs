@@ -15,13 +15,13 @@ pub mod update;
 use std::path::Path;
 use std::time::Instant;
 
+use tandem_collective::Tag;
 use tandem_data::experience::ExperienceRow;
 use tandem_data::order::permutation;
-use tandem_engine::generate::CacheSize;
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::{Head, SCORE};
 use tandem_engine::train::Ema;
-use tandem_engine::{Engine, Model, Recompute};
+use tandem_engine::{Engine, Model, Recompute, SwitchConfig};
 
 use self::advantage::RewardShape;
 use self::experience::{Explorer, Figures, Times};
@@ -29,14 +29,17 @@ use self::kl::KlController;
 use self::rollout::RolloutConfig;
 use self::state::{Learner, PpoState, Totals};
 use self::update::{Learners, Lesson, UpdateConfig, update};
+use crate::adapters;
 use crate::cli::{Launch, Outcome};
-use crate::config::{Config, ConfigError, ModelConfig, Origin, PpoConfig, Stage};
+use crate::config::{Config, ConfigError, ModelConfig, Origin, PpoConfig, Role, Stage};
 use crate::dataset;
+use crate::dry_run;
 use crate::error::{Result, StageError};
-use crate::memory::Memory;
+use crate::footprint::SLOTS;
 use crate::models::{self, LoadedModel};
-use crate::monitor::{MetricsRow, Progress, field};
+use crate::monitor::{MetricsRow, field};
 use crate::plan::PpoModels;
+use crate::ranks::Team;
 use crate::run::{Run, is_due};
 use crate::scoring::{Scorer, scorer};
 
@@ -54,22 +57,29 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
     if launch.dry_run {
         return plan(launch, &sources);
     }
-    let mut run = Run::open(dir, Stage::Ppo, config, launch.resume)?;
+    let mut run = Run::open(dir, Stage::Ppo, config, launch.resume, &launch.world)?;
     if run.is_finished() {
         return Ok(Outcome::Finished);
     }
     let base = models::load_for(config, &sources.actor, Head::Language)?;
-    base.check_length("ppo.max_prompt_tokens + ppo.max_response_tokens", longest_sequence(ppo))?;
+    base.check_length("ppo.max_prompt_tokens + ppo.max_response_tokens", ppo.longest_sequence())?;
     let critic = models::load_for(config, &sources.critic, Head::Scalar)?;
     check_critic(&base, &critic)?;
     run.pin("actor", &base.digest)?;
     run.pin("critic", &critic.digest)?;
-    let mut scorer = scorer(&sources.reward, &base.tokenizer, ppo.tokens_per_micro_batch)?;
+    let team = Team::new(launch, &run, Stage::Ppo)?;
+    let mut scorer = scorer(&team, &sources.reward, &base.tokenizer, ppo.tokens_per_micro_batch)?;
     let prompts = dataset::prompts(config, &base.tokenizer)?;
     run.pin("data", &prompts.digest)?;
 
-    let reference = base.model;
+    let (mut learner, mut state) = start(&run, config, &team, &base.model, critic)?;
+    // Adapters leave the weights beneath them as they are: the reference needs no copy of its own.
+    let reference = match learner.actor.model().lora() {
+        Some(_) => learner.actor.model().base(),
+        None => base.model.place(&team.placement(Role::Reference)?)?,
+    };
     let explorer = Explorer {
+        team: &team,
         prompts: &prompts.train,
         reference: &reference,
         tokenizer: &base.tokenizer,
@@ -79,13 +89,13 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
         tokens_per_micro_batch: ppo.tokens_per_micro_batch,
         seed: config.run.seed,
     };
-    let (mut learner, mut state) = start(&run, config, &reference, critic)?;
-    let mut progress = Progress::new("ppo", ppo.iterations, state.iteration);
+    let mut progress = launch.progress("ppo", ppo.iterations, state.iteration);
     while state.iteration < ppo.iterations {
         let started = Instant::now();
         let (back, rows, times) = gather(&run, &explorer, learner, &mut *scorer, &state)?;
         learner = back;
-        if launch.stop.is_requested() && state.update == 0 {
+        let place = checkpoint_number(ppo, &state);
+        if launch.should_stop(Tag::new("ppo/stop before updates", place))? && state.update == 0 {
             return stop(&mut run, ppo, &learner, &state);
         }
         let figures = experience::figures(&rows);
@@ -103,13 +113,15 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
                 false => Learners::Both,
             };
             let members = mini_batch(config, &state, &lessons);
-            let outcome = update(&mut learner.actor, &mut learner.critic, &members, learners, &update_config(ppo))?;
+            let outcome =
+                update(&team, &mut learner.actor, &mut learner.critic, &members, learners, &update_config(ppo))?;
             follow(&mut learner, &mut state, &outcome)?;
             let per_token = outcome.policy.approx_kl / outcome.policy.tokens;
             if ppo.max_approx_kl.is_some_and(|most| per_token > most) {
                 state.update = updates_per_iteration(ppo);
             }
-            if state.update < updates_per_iteration(ppo) && launch.stop.is_requested() {
+            let stop_tag = Tag::new("ppo/stop", checkpoint_number(ppo, &state));
+            if state.update < updates_per_iteration(ppo) && launch.should_stop(stop_tag)? {
                 return stop(&mut run, ppo, &learner, &state);
             }
         }
@@ -129,7 +141,7 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
             state.iteration,
             &format!("reward {:+.3}  kl {:.2}  len {:.1}", figures.score_mean, figures.kl_mean, figures.len_mean),
         );
-        if launch.stop.is_requested() {
+        if launch.should_stop(Tag::new("ppo/stop after updates", checkpoint_number(ppo, &state)))? {
             return stop(&mut run, ppo, &learner, &state);
         }
         if is_due(state.iteration, ppo.checkpoint_every) || state.iteration == ppo.iterations {
@@ -138,11 +150,13 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
     }
     progress.finish();
 
+    learner.actor.join_ranks()?;
     let trained = &learner.trained()?;
-    let comparison = report::compare(&reference, trained, &prompts.eval, &mut *scorer, &base.tokenizer, config)?;
+    adapters::publish(trained, &config.lora, &sources.actor, &mut run)?;
+    let comparison = report::compare(&team, &reference, trained, &prompts.eval, &mut *scorer, &base.tokenizer, config)?;
     if pipeline.is_none() {
         // A pipeline prints it with the results of the other stages.
-        println!("{comparison}");
+        launch.say(&comparison);
     }
     run.finish(&comparison.results(), |staging| {
         models::export(trained, &base.tokenizer, &base.source_config, None, config, staging)
@@ -151,19 +165,32 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
 }
 
 /// The models and counters to go on from: those of the newest checkpoint, or fresh ones.
-fn start(run: &Run, config: &Config, actor: &Model, critic: LoadedModel) -> Result<(Learner, PpoState)> {
+fn start(run: &Run, config: &Config, team: &Team, actor: &Model, critic: LoadedModel) -> Result<(Learner, PpoState)> {
     let ppo = &config.ppo;
     let steps = ppo.steps();
-    let (actor_optimizer, critic_optimizer) = (ppo.actor_optimizer.build(steps), ppo.critic_optimizer.build(steps));
-    if let Some(point) = run.resume_point() {
-        let (actor, critic) = ((actor.spec(), actor_optimizer), (critic.model.spec(), critic_optimizer));
-        return Ok((Learner::load(&point.files, actor, critic, ppo.ema_decay)?, point.state()?));
-    }
-    let learner = Learner {
-        actor: Engine::new(actor.duplicate()?, actor_optimizer)?,
-        critic: Engine::new(in_units_of_reward(critic)?, critic_optimizer)?,
-        ema: ppo.ema_decay.map(|decay| Ema::new(actor, decay)).transpose()?,
+    let (actor_optimizer, critic_optimizer) =
+        (config.lora.optimizer(&ppo.actor_optimizer).build(steps), ppo.critic_optimizer.build(steps));
+    let (actor_place, critic_place) = (team.placement(Role::Actor)?, team.placement(Role::Critic)?);
+    let switching = SwitchConfig {
+        release_inference_cache: ppo.release_inference_cache,
+        pin_parameters: ppo.pin_parameters,
+        gather_units: ppo.tp_gather_partition_size,
     };
+    if let Some(point) = run.resume_point() {
+        let critic = (critic.model.spec(), critic_optimizer, &critic_place);
+        let mut learner =
+            Learner::load(&point.files, (actor, &config.lora, actor_optimizer, &actor_place), critic, ppo.ema_decay)?;
+        learner.actor = learner.actor.switching(switching);
+        return Ok((learner, point.state()?));
+    }
+    let critic = in_units_of_reward(critic)?.place(&critic_place)?;
+    let critic = Engine::placed(critic, critic_optimizer, critic_place)?;
+    // Adapters never change the weights beneath them, which may then be those of the reference.
+    let actor = if config.lora.is_on() { actor.clone() } else { actor.duplicate()? };
+    let actor = adapters::attach(actor.place(&actor_place)?, &config.lora, config.run.seed, &actor_place)?;
+    let ema = ppo.ema_decay.map(|decay| Ema::new(&actor, decay, &actor_place)).transpose()?;
+    let actor = Engine::placed(actor, actor_optimizer, actor_place)?.switching(switching);
+    let learner = Learner { actor, critic, ema };
     let state = PpoState {
         iteration: 0,
         update: 0,
@@ -179,7 +206,7 @@ fn in_units_of_reward(critic: LoadedModel) -> Result<Model> {
     if let Some(scale) = critic.reward_scale
         && scale.std > 0.0
     {
-        let score = critic.model.units()[0].get(SCORE)?;
+        let score = critic.model.units()?[0].get(SCORE)?;
         score.slice_set(&(&score / scale.std)?.contiguous()?, 0, 0)?;
     }
     Ok(critic.model)
@@ -197,7 +224,9 @@ fn check_critic(actor: &LoadedModel, critic: &LoadedModel) -> Result<()> {
 /// Prints what would be done and held in memory.
 fn plan(launch: &Launch, sources: &PpoModels) -> Result<Outcome> {
     let ppo = &launch.config.ppo;
-    println!("{}", launch.plan_text()?);
+    if let Some(outcome) = dry_run::from_shape(launch, Stage::Ppo)? {
+        return Ok(outcome);
+    }
     let config = &launch.config;
     let shape = |source: &str| -> Result<ModelSpec> {
         Ok(models::load_for(config, source, Head::Language)?.model.spec().clone())
@@ -208,20 +237,8 @@ fn plan(launch: &Launch, sources: &PpoModels) -> Result<Outcome> {
         (ModelConfig { new: Some(new), .. }, Some(train)) => Ok(new.spec(train.vocab_size)),
         _ => Err(error),
     })?;
-    let tokens = ppo.tokens_per_micro_batch;
-    let slots = SLOTS.min(ppo.samples_per_iteration());
-    let memory = Memory::new()
-        .trained("actor", &spec, Head::Language, tokens, ppo.recompute)
-        .trained("critic", &spec, Head::Scalar, tokens, ppo.recompute)
-        .frozen("reference", &spec, Head::Language)
-        .frozen("reward", &spec, Head::Scalar)
-        .cache(&spec, CacheSize { slots, max_len: longest_sequence(ppo) });
-    println!("{memory}");
-    Ok(Outcome::Finished)
-}
-
-fn longest_sequence(ppo: &PpoConfig) -> usize {
-    ppo.max_prompt_tokens + ppo.max_response_tokens
+    let samples = ppo.samples_per_iteration();
+    dry_run::print(launch, Stage::Ppo, &spec, &format!("{} iterations of {samples} samples", ppo.iterations))
 }
 
 /// The experience of the iteration under way: what was committed, or else sampled and committed now.
@@ -232,22 +249,21 @@ fn gather(
     scorer: &mut dyn Scorer,
     state: &PpoState,
 ) -> Result<(Learner, Vec<ExperienceRow>, Times)> {
-    let series = run.experience();
     let fresh = state.update == 0;
     let policy_step = fresh.then(|| learner.actor.optimizer().step());
-    if let Some(rows) = experience::read(&series, state.iteration, policy_step)? {
+    if let Some(rows) = experience::read(run, state.iteration, policy_step)? {
         return Ok((learner, rows, Times::default()));
     }
     if !fresh {
         return Err(StageError::Numerical(format!(
             "{} is missing or damaged, and the policy that sampled it has moved on; remove the newest checkpoint",
-            series.path(state.iteration).display()
+            run.experience_path(state.iteration).display()
         )));
     }
     let Learner { actor, critic, ema } = learner;
     let (actor, rows, times) = explorer.explore(actor, critic.model(), scorer, state.iteration)?;
-    experience::commit(&series, state.iteration, &rows)?;
-    let rows = experience::read(&series, state.iteration, policy_step)?.unwrap_or(rows);
+    experience::commit(run, state.iteration, &rows, rollout::groups(explorer.team.parallel()))?;
+    let rows = experience::read(run, state.iteration, policy_step)?.unwrap_or(rows);
     Ok((Learner { actor, critic, ema }, rows, times))
 }
 
@@ -306,9 +322,6 @@ fn update_config(ppo: &PpoConfig) -> UpdateConfig {
         recompute: if ppo.recompute { Recompute::On } else { Recompute::Off },
     }
 }
-
-/// Sequences decoded at once: enough to fill the machine, few enough for their cache.
-const SLOTS: usize = 64;
 
 fn rollout_config(ppo: &PpoConfig, stop: &[u32]) -> RolloutConfig {
     RolloutConfig {

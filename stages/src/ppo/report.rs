@@ -10,11 +10,12 @@ use tandem_data::Tokenizer;
 use tandem_engine::Model;
 use tandem_engine::generate::{Completion, Finish, Request, SamplingKey, generate};
 
-use super::rollout::{Sequence, log_probs};
+use super::rollout::{Sequence, dealt, log_probs};
 use crate::config::Config;
 use crate::dataset::PromptRow;
 use crate::error::{Result, StageError};
 use crate::monitor::{Table, printable};
+use crate::ranks::Team;
 use crate::scoring::{RuleScorer, ScoreItem, Scorer};
 
 /// Address of the evaluation's random numbers: the last step there is, which no rollout reaches.
@@ -96,7 +97,13 @@ pub struct Comparison {
 ///
 /// # Errors
 /// If a prompt with its response does not fit the model.
-pub fn answer(model: &Model, prompts: &[PromptRow], config: &Config, tokenizer: &Tokenizer) -> Result<Vec<Answer>> {
+pub fn answer(
+    team: &Team,
+    model: &Model,
+    prompts: &[PromptRow],
+    config: &Config,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Answer>> {
     let requests: Vec<Request> = prompts
         .iter()
         .enumerate()
@@ -109,7 +116,14 @@ pub fn answer(model: &Model, prompts: &[PromptRow], config: &Config, tokenizer: 
         })
         .collect();
     let key = SamplingKey { seed: config.run.seed, step: EVALUATION_STEP };
-    let completions = generate(model, &requests, SLOTS, config.ppo.tokens_per_micro_batch, key, &mut |_, _, _| {})?;
+    let laid_out = match model.generates_in_place() {
+        true => model.clone(),
+        false => model.inference_copy(None, config.ppo.tp_gather_partition_size)?.0,
+    };
+    let completions = dealt(team.parallel(), &requests, |requests| {
+        let budget = config.ppo.tokens_per_micro_batch;
+        Ok(generate(&laid_out, requests, SLOTS, budget, key, &mut |_, _, _| {})?)
+    })?;
     let answer = |(prompt, completion): (&PromptRow, Completion)| {
         let Completion { ids, logp, finish, .. } = completion;
         Ok(Answer { prompt: prompt.text.clone(), text: tokenizer.decode(&ids)?, ids, logp, finish })
@@ -123,6 +137,7 @@ pub fn answer(model: &Model, prompts: &[PromptRow], config: &Config, tokenizer: 
 /// # Errors
 /// If there is no prompt, or generating or scoring fails.
 pub fn compare(
+    team: &Team,
     before: &Model,
     after: &Model,
     prompts: &[PromptRow],
@@ -140,9 +155,9 @@ pub fn compare(
         [] => None,
         rules => Some(RuleScorer::new(rules)?),
     };
-    let first = Examined::new(before, prompts, scorer, judge.as_mut(), tokenizer, config)?;
-    let second = Examined::new(after, prompts, scorer, judge.as_mut(), tokenizer, config)?;
-    let kl_mean = second.kl_mean(before, prompts, config)?;
+    let first = Examined::new(team, before, prompts, scorer, judge.as_mut(), tokenizer, config)?;
+    let second = Examined::new(team, after, prompts, scorer, judge.as_mut(), tokenizer, config)?;
+    let kl_mean = second.kl_mean(team, before, prompts, config)?;
     let gain = second.measures.reward_mean - first.measures.reward_mean;
     let samples =
         prompts.iter().zip(first.answers.iter().zip(&second.answers)).zip(first.scores.iter().zip(&second.scores));
@@ -170,6 +185,7 @@ struct Examined {
 
 impl Examined {
     fn new(
+        team: &Team,
         model: &Model,
         prompts: &[PromptRow],
         scorer: &mut dyn Scorer,
@@ -177,7 +193,7 @@ impl Examined {
         tokenizer: &Tokenizer,
         config: &Config,
     ) -> Result<Self> {
-        let answers = answer(model, prompts, config, tokenizer)?;
+        let answers = answer(team, model, prompts, config, tokenizer)?;
         let items: Vec<ScoreItem<'_>> = prompts
             .iter()
             .zip(&answers)
@@ -195,14 +211,14 @@ impl Examined {
     }
 
     /// Mean divergence of the answers' model from `reference`, estimated on the answers themselves.
-    fn kl_mean(&self, reference: &Model, prompts: &[PromptRow], config: &Config) -> Result<f64> {
+    fn kl_mean(&self, team: &Team, reference: &Model, prompts: &[PromptRow], config: &Config) -> Result<f64> {
         let sequences: Vec<Sequence<'_>> = prompts
             .iter()
             .zip(&self.answers)
             .zip(0..)
             .map(|((prompt, answer), sample)| Sequence { sample, prompt: &prompt.ids, response: &answer.ids })
             .collect();
-        let reference = log_probs(reference, &sequences, config.ppo.tokens_per_micro_batch)?;
+        let reference = log_probs(team, reference, &sequences, config.ppo.tokens_per_micro_batch)?;
         let total = |logp: &[f32]| logp.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         let divergences = self.answers.iter().zip(&reference).map(|(answer, of)| total(&answer.logp) - total(of));
         Ok(mean(divergences))

@@ -1,15 +1,18 @@
 //! What a PPO run must remember to continue bit for bit, beside the weights.
 
 use serde::{Deserialize, Serialize};
-use tandem_engine::checkpoint::{load_ema, load_engine, save_ema, save_engine};
+use tandem_engine::checkpoint::{load_ema, load_engine, load_lora_engine, save_ema, save_engine};
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
+use tandem_engine::parallel::Placement;
 use tandem_engine::train::{Ema, OptimizerConfig};
 use tandem_engine::{Engine, Model, Train};
 use tandem_store::{Published, Staging};
 
 use super::loss::PolicyStats;
 use super::update::UpdateOutcome;
+use crate::adapters;
+use crate::config::LoraConfig;
 use crate::error::Result;
 
 const ACTOR: &str = "actor";
@@ -105,32 +108,40 @@ impl Learner {
     pub(super) fn trained(&self) -> Result<Model> {
         let actor = self.actor.model();
         Ok(match &self.ema {
-            Some(ema) => Model::from_parts(actor.spec().clone(), Head::Language, ema.units().to_vec())?,
+            Some(ema) => ema.model(actor)?,
             None => actor.clone(),
         })
     }
 
-    /// Writes weights and optimizer state.
-    pub(super) fn save(&self, staging: &mut Staging) -> Result<()> {
-        save_engine(&self.actor, ACTOR, staging)?;
-        save_engine(&self.critic, CRITIC, staging)?;
-        if let Some(ema) = &self.ema {
-            save_ema(ema, EMA, staging)?;
-        }
-        Ok(())
+    /// Brings weights and optimizer state together, and writes them where there is somewhere to write to.
+    pub(super) fn save(&self, mut staging: Option<&mut Staging>) -> Result<()> {
+        let actor = save_engine(&self.actor, ACTOR, staging.as_deref_mut());
+        let critic = save_engine(&self.critic, CRITIC, staging.as_deref_mut());
+        // Ranks bring all parts together, whatever the disk has said of the first ones.
+        let average = match &self.ema {
+            Some(ema) => save_ema(ema, self.actor.model(), EMA, staging),
+            None => Ok(()),
+        };
+        Ok(actor.and(critic).and(average)?)
     }
 
     /// Reads what [`Learner::save`] wrote.
     pub(super) fn load(
         checkpoint: &Published,
-        (actor, actor_optimizer): (&ModelSpec, OptimizerConfig),
-        (critic, critic_optimizer): (&ModelSpec, OptimizerConfig),
+        actor: (&Model, &LoraConfig, OptimizerConfig, &Placement),
+        critic: (&ModelSpec, OptimizerConfig, &Placement),
         ema_decay: Option<f64>,
     ) -> Result<Self> {
-        Ok(Self {
-            actor: load_engine(actor, Head::Language, actor_optimizer, ACTOR, checkpoint)?,
-            critic: load_engine(critic, Head::Scalar, critic_optimizer, CRITIC, checkpoint)?,
-            ema: ema_decay.map(|decay| load_ema(actor, Head::Language, decay, EMA, checkpoint)).transpose()?,
-        })
+        let (base, lora, optimizer, placement) = actor;
+        let actor = match adapters::config(lora, base.spec(), Head::Language)? {
+            Some(lora) => {
+                load_lora_engine(base.clone().place(placement)?, &lora, optimizer, ACTOR, checkpoint, placement)?
+            }
+            None => load_engine(base.spec(), Head::Language, optimizer, ACTOR, checkpoint, placement)?,
+        };
+        let load_ema = |decay| load_ema(actor.model(), decay, EMA, checkpoint, placement);
+        let ema = ema_decay.map(load_ema).transpose()?;
+        let (spec, optimizer, placement) = critic;
+        Ok(Self { actor, critic: load_engine(spec, Head::Scalar, optimizer, CRITIC, checkpoint, placement)?, ema })
     }
 }

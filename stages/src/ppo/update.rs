@@ -1,12 +1,13 @@
 //! One mini-batch update of actor and critic.
 
 use serde::{Deserialize, Serialize};
-use tandem_engine::{Engine, Recompute, Train};
+use tandem_engine::{Engine, LogProbs, MicroBatch, Recompute, Train};
 
 use super::advantage::whiten;
 use super::loss::{PolicyStats, policy_loss, policy_stats, value_loss, vector};
-use super::rollout::{ResponseBatch, Sequence, micro_batches};
+use super::rollout::{ResponseBatch, Sequence};
 use crate::error::Result;
+use crate::ranks::Team;
 
 /// Knobs of an update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,6 +84,7 @@ pub enum Learners {
 /// # Errors
 /// If a sequence does not fit a model.
 pub fn update(
+    team: &Team,
     actor: &mut Engine<Train>,
     critic: &mut Engine<Train>,
     lessons: &[&Lesson],
@@ -93,25 +95,45 @@ pub fn update(
     if config.whiten {
         whiten(advantages.iter_mut());
     }
-    let sequences: Vec<Sequence<'_>> = lessons.iter().map(|lesson| lesson.sequence()).collect();
-    let (mut policy, mut value_total) = (PolicyStats::default(), 0.0);
-    for members in micro_batches(&sequences, config.tokens_per_micro_batch)? {
-        let batch = ResponseBatch::new(members.iter().map(|&index| sequences[index]));
-        let of = |part: fn(&Lesson) -> &[f32]| -> Vec<f32> {
-            members.iter().flat_map(|&index| part(lessons[index]).iter().copied()).collect()
-        };
-        let old_logp = of(|lesson| &lesson.old_logp);
-        let advantage: Vec<f32> = members.iter().flat_map(|&index| advantages[index].iter().copied()).collect();
-        let (old, weight) = (vector(&old_logp)?, vector(&advantage)?);
-        let loss = |new: &_| policy_loss(new, &old, &weight, config.policy_clip, config.entropy_coefficient);
-        let (value, new) =
-            actor.accumulate_log_probs(&batch.batch, &batch.rows, &batch.labels, None, config.recompute, loss)?;
-        policy.add(&policy_stats(&new, &old_logp, &advantage, config.policy_clip, value)?);
+    let lengths: Vec<usize> = lessons.iter().map(|lesson| lesson.prompt.len() + lesson.response.len()).collect();
+    let share = team.share(&lengths, config.tokens_per_micro_batch)?;
+    let micro_batch = |members: &Vec<usize>| {
+        let batch = ResponseBatch::new(members.iter().map(|&index| lessons[index].sequence()));
+        MicroBatch { batch: batch.batch, rows: batch.rows, labels: batch.labels, dropout: None }
+    };
+    let passes: Vec<_> = share.passes.iter().map(|(_, members)| members.as_ref().map(micro_batch)).collect();
+    // What one pass has of each lesson, end to end.
+    let of = |pass: usize, part: &dyn Fn(usize) -> Vec<f32>| -> Vec<f32> {
+        share.passes[pass].1.iter().flatten().flat_map(|&index| part(index)).collect()
+    };
+    let old_logp = |pass| of(pass, &|index| lessons[index].old_logp.clone());
+    let advantage = |pass| of(pass, &|index| advantages[index].clone());
 
-        let (old_values, returns) = (vector(&of(|lesson| &lesson.old_values))?, vector(&of(|lesson| &lesson.returns))?);
-        let loss = |values: &_| value_loss(values, &old_values, &returns, config.value_clip);
-        value_total += critic.accumulate_scores(&batch.batch, &batch.rows, None, config.recompute, loss)?.0;
+    let loss = |pass: usize, new: &LogProbs| {
+        let (old, weight) = (vector(&old_logp(pass))?, vector(&advantage(pass))?);
+        policy_loss(new, &old, &weight, config.policy_clip, config.entropy_coefficient)
+    };
+    let mut policies = Vec::new();
+    let results = actor.accumulate_all_log_probs(&passes, config.recompute, loss)?;
+    for (pass, result) in results.into_iter().enumerate() {
+        if let Some((value, new)) = result {
+            let stats = policy_stats(&new, &old_logp(pass), &advantage(pass), config.policy_clip, value)?;
+            policies.push((share.passes[pass].0, stats.to_array()));
+        }
     }
+    let loss = |pass: usize, values: &_| {
+        let old = vector(&of(pass, &|index| lessons[index].old_values.clone()))?;
+        let returns = vector(&of(pass, &|index| lessons[index].returns.clone()))?;
+        value_loss(values, &old, &returns, config.value_clip)
+    };
+    let results = critic.accumulate_all_scores(&passes, config.recompute, loss)?;
+    let numbers = share.passes.iter().map(|(number, _)| *number);
+    let values: Vec<_> = numbers.zip(results).filter_map(|(number, result)| Some((number, [result?.0]))).collect();
+    let mut policy = PolicyStats::default();
+    for stats in team.gather(&policies, share.all)?.into_iter().flatten() {
+        policy.add(&PolicyStats::from_array(stats));
+    }
+    let value_total = team.gather(&values, share.all)?.into_iter().flatten().fold(0.0, |total, [loss]| total + loss);
     let tokens = policy.tokens;
     let grad_norm = actor.grad_norm(tokens)?;
     let applied = grad_norm.is_finite() && critic.grad_norm(tokens)?.is_finite();

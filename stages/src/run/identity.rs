@@ -16,8 +16,33 @@ pub(super) enum Class {
     Identity,
 }
 
+/// Keys inside sections that may change which themselves may not: an optimizer of another kind has another state.
+const IDENTITY_KEYS: [&str; 6] = [
+    "parallel.data_lanes",
+    "parallel.tensor_lanes",
+    "sft.optimizer.kind",
+    "reward.optimizer.kind",
+    "ppo.actor_optimizer.kind",
+    "ppo.critic_optimizer.kind",
+];
 /// Sections and keys that may change; all others are identity, so a new key is safe until someone decides otherwise.
-const PLACEMENT: [&str; 3] = ["eval", "export", "generation"];
+const PLACEMENT: [&str; 15] = [
+    "model.shape",
+    "parallel",
+    "actor",
+    "critic",
+    "reference",
+    "reward_model",
+    "eval",
+    "export",
+    "generation",
+    "lora.export",
+    "ppo.max_out_tokens",
+    "ppo.inference_tp_size",
+    "ppo.release_inference_cache",
+    "ppo.pin_parameters",
+    "ppo.tp_gather_partition_size",
+];
 const PLACEMENT_KEYS: [&str; 8] = [
     "threads",
     "output_dir",
@@ -30,7 +55,8 @@ const PLACEMENT_KEYS: [&str; 8] = [
 ];
 const TUNABLE: [&str; 5] =
     ["sft.optimizer", "reward.optimizer", "ppo.actor_optimizer", "ppo.critic_optimizer", "ppo.kl"];
-const TUNABLE_KEYS: [&str; 10] = [
+const TUNABLE_KEYS: [&str; 11] = [
+    "lora.learning_rate",
     "sft.epochs",
     "sft.max_steps",
     "reward.epochs",
@@ -48,7 +74,9 @@ pub(super) fn class(key: &str) -> Class {
     let inside =
         |section: &&str| key.strip_prefix(*section).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
     let last = key.rsplit('.').next().unwrap_or(key);
-    if PLACEMENT.iter().any(inside) || PLACEMENT_KEYS.contains(&last) {
+    if IDENTITY_KEYS.contains(&key) {
+        Class::Identity
+    } else if PLACEMENT.iter().any(inside) || PLACEMENT_KEYS.contains(&last) {
         Class::Placement
     } else if TUNABLE.iter().any(inside) || TUNABLE_KEYS.contains(&key) {
         Class::Tunable
@@ -115,6 +143,19 @@ mod tests {
             ("ppo.reward.clip", Class::Identity),
             ("generation.max_new_tokens", Class::Placement),
             ("evaluation", Class::Identity),
+            ("parallel.tensor", Class::Placement),
+            ("parallel.timeout_s", Class::Placement),
+            ("parallel.data_lanes", Class::Identity),
+            ("parallel.tensor_lanes", Class::Identity),
+            ("actor.zero_stage", Class::Placement),
+            ("reward_model.offload_dir", Class::Placement),
+            ("ppo.actor", Class::Identity),
+            ("ppo.inference_tp_size", Class::Placement),
+            ("ppo.actor_optimizer.kind", Class::Identity),
+            ("ppo.actor_optimizer.freeze_steps", Class::Tunable),
+            ("lora.rank", Class::Identity),
+            ("lora.learning_rate", Class::Tunable),
+            ("lora.export", Class::Placement),
         ] {
             assert_eq!(class(key), expected, "{key}");
         }
@@ -124,7 +165,7 @@ mod tests {
     fn every_key_named_here_exists() {
         let plan = serde_json::to_value(crate::config::Config::default()).unwrap();
         let find = |path: &str| path.split('.').try_fold(&plan, |place, key| place.get(key));
-        for path in PLACEMENT.iter().chain(&TUNABLE).chain(&TUNABLE_KEYS) {
+        for path in PLACEMENT.iter().chain(&IDENTITY_KEYS).chain(&TUNABLE).chain(&TUNABLE_KEYS) {
             assert!(find(path).is_some(), "{path}");
         }
         let text = plan.to_string();

@@ -7,11 +7,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tandem_store::{RunDir, StoreError};
 
-use crate::config::{Config, Stage};
+use crate::config::{Config, Lanes, Role, Stage};
 use crate::error::{Result, StageError};
 
 /// Format of `run.json`.
 const FORMAT: u32 = 1;
+/// Keys of `[parallel]`.
+const DATA_LANES: &str = "data_lanes";
+const TENSOR_LANES: &str = "tensor_lanes";
 
 /// The contents of `run.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -54,6 +57,20 @@ impl RunRecord {
         })
     }
 
+    /// In how many parts the run takes its sums; `None` if that was not yet noted.
+    pub(super) fn lanes(&self) -> Option<Lanes> {
+        let lanes = |key: &str| usize::try_from(self.plan.get("parallel")?.get(key)?.as_u64()?).ok();
+        Some(Lanes { data: lanes(DATA_LANES)?, tensor: lanes(TENSOR_LANES)? })
+    }
+
+    /// Notes in the plan what a 0 there has come to mean.
+    pub(super) fn set_lanes(&mut self, lanes: Lanes) {
+        if let Some(parallel) = self.plan.get_mut("parallel") {
+            parallel[DATA_LANES] = lanes.data.into();
+            parallel[TENSOR_LANES] = lanes.tensor.into();
+        }
+    }
+
     /// Reads the record of a run directory; `None` if there is none.
     ///
     /// # Errors
@@ -79,11 +96,13 @@ fn parse(text: &str, root: &Path) -> Result<RunRecord> {
 
 /// The sections that `stage` reads. A change elsewhere in the file is no change of this stage's run.
 fn plan_of(stage: Stage, config: &Config) -> Result<Value> {
-    let sections = ["run", "model", "tokenizer", "data", "generation", "eval", "export", stage.name()];
+    let common =
+        ["run", "model", "tokenizer", "data", "parallel", "lora", "generation", "eval", "export", stage.name()];
+    let sections = common.into_iter().chain(Role::of(stage).iter().map(|role| role.section()));
     let Value::Object(mut all) = serde_json::to_value(config).map_err(StageError::bug)? else {
         return Err(StageError::bug("a configuration is a table"));
     };
     let plan: Map<String, Value> =
-        sections.into_iter().filter_map(|section| Some((section.to_owned(), all.remove(section)?))).collect();
+        sections.filter_map(|section| Some((section.to_owned(), all.remove(section)?))).collect();
     Ok(Value::Object(plan))
 }

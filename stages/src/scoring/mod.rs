@@ -16,6 +16,7 @@ pub use rules::RuleScorer;
 
 use crate::error::{Result, StageError};
 use crate::plan::RewardSource;
+use crate::ranks::{LEADER, Team};
 
 /// A response to be scored, with its prompt.
 #[derive(Debug, Clone, Copy)]
@@ -39,17 +40,46 @@ pub trait Scorer {
     fn score(&mut self, items: &[ScoreItem<'_>]) -> Result<Vec<f32>>;
 }
 
-/// The scorer that `source` describes. `policy` is the tokenizer of the ids it will get; a reward model reads at most
+/// The scorer that `source` describes, for the ranks of `team`. `policy` is the tokenizer of the ids it will get; a reward model reads at most
 /// `tokens_per_micro_batch` tokens in one pass.
 ///
 /// # Errors
 /// A reward model that cannot be loaded, a lexicon that cannot be read.
-pub fn scorer(source: &RewardSource, policy: &Tokenizer, tokens_per_micro_batch: usize) -> Result<Box<dyn Scorer>> {
+pub fn scorer(
+    team: &Team,
+    source: &RewardSource,
+    policy: &Tokenizer,
+    tokens_per_micro_batch: usize,
+) -> Result<Box<dyn Scorer>> {
     Ok(match source {
-        RewardSource::Model(path) => Box::new(ModelScorer::load(path, policy, tokens_per_micro_batch)?),
+        RewardSource::Model(path) => Box::new(ModelScorer::load(team, path, policy, tokens_per_micro_batch)?),
         RewardSource::Rules(rules) => Box::new(RuleScorer::new(rules)?),
-        RewardSource::Command { command, timeout_s } => Box::new(CommandScorer::new(command, *timeout_s)?),
+        RewardSource::Command { command, timeout_s } => {
+            let program = CommandScorer::new(command, *timeout_s)?;
+            Box::new(LedScorer { scorer: program, team: team.clone() })
+        }
     })
+}
+
+/// A scorer that one rank asks for all: an outside program is started once, however many ranks there are.
+struct LedScorer<S> {
+    scorer: S,
+    team: Team,
+}
+
+impl<S: Scorer> Scorer for LedScorer<S> {
+    fn score(&mut self, items: &[ScoreItem<'_>]) -> Result<Vec<f32>> {
+        let world = &self.team.parallel().world;
+        if world.is_solo() {
+            return self.scorer.score(items);
+        }
+        let mut message = vec![0u8; 4 * items.len()];
+        if world.rank() == LEADER {
+            message = self.scorer.score(items)?.into_iter().flat_map(f32::to_le_bytes).collect();
+        }
+        world.world().broadcast(world.tag("scores of the leader"), &mut message, LEADER)?;
+        Ok(message.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect())
+    }
 }
 
 /// Passes `scores` on if they are finite.

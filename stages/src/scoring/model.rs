@@ -8,11 +8,14 @@ use tandem_engine::model::unit::Head;
 use tandem_engine::{Model, Packed};
 
 use super::{ScoreItem, Scorer, finite};
+use crate::config::Role;
 use crate::error::{Result, StageError};
 use crate::models;
+use crate::ranks::Team;
 
 /// A frozen reward model.
 pub struct ModelScorer {
+    team: Team,
     model: Model,
     scale: Option<RewardScale>,
     /// The model's own tokenizer, if the policy has another one.
@@ -33,7 +36,7 @@ impl ModelScorer {
     ///
     /// # Errors
     /// If the model cannot be loaded or has no scalar head.
-    pub fn load(path: &str, policy: &Tokenizer, tokens_per_micro_batch: usize) -> Result<Self> {
+    pub fn load(team: &Team, path: &str, policy: &Tokenizer, tokens_per_micro_batch: usize) -> Result<Self> {
         let loaded = models::load(path, Head::Scalar)?;
         if loaded.missing_score {
             return Err(StageError::Reward(format!(
@@ -43,7 +46,8 @@ impl ModelScorer {
         }
         let same = loaded.tokenizer.files().tokenizer() == policy.files().tokenizer();
         let reader = (!same).then(|| Reader { tokenizer: loaded.tokenizer, policy_stops: policy.stop_ids().to_vec() });
-        Ok(Self { model: loaded.model, scale: loaded.reward_scale, reader, tokens_per_micro_batch })
+        let model = loaded.model.place(&team.placement(Role::RewardModel)?)?;
+        Ok(Self { team: team.clone(), model, scale: loaded.reward_scale, reader, tokens_per_micro_batch })
     }
 
     /// The ids of an item in the model's own vocabulary.
@@ -77,10 +81,12 @@ impl Scorer for ModelScorer {
         let batches = pack_by_tokens(&lengths, self.tokens_per_micro_batch, longest, Packing::FirstFitDecreasing)
             .map_err(|error| StageError::Reward(format!("the reward model cannot read the responses: {error}")))?;
         let mut scores = vec![0.0; items.len()];
-        for batch in batches {
+        let scored = self.team.score(&self.model, &batches, |batch| {
             let packed = Packed::from_sequences(batch.iter().map(|&index| &sequences[index]));
             let last_rows: Vec<u32> = packed.cu_seqlens[1..].iter().map(|end| end - 1).collect();
-            let raw: Vec<f32> = self.model.scores(&packed, &last_rows)?.to_vec1()?;
+            Ok(self.model.scores(&packed, &last_rows)?.to_vec1()?)
+        })?;
+        for (batch, raw) in batches.iter().zip(scored) {
             for (&index, raw) in batch.iter().zip(raw) {
                 scores[index] = self.scale.map_or(raw, |scale| scale.apply(f64::from(raw)) as f32);
             }

@@ -10,18 +10,22 @@ mod state;
 mod step;
 
 use serde_json::{Map, Value, json};
+use tandem_collective::Tag;
 use tandem_data::Sampler;
-use tandem_engine::checkpoint::{load_engine, save_engine};
+use tandem_engine::checkpoint::{load_engine, load_lora_engine, save_engine};
 use tandem_engine::{Dropout, Engine, Model, Recompute, Train};
+use tandem_store::Staging;
 
 pub use batches::batches;
 pub use step::StepRow;
 
-use crate::config::{OptimizerConfig, Stage, Training};
+use crate::adapters;
+use crate::cli::Launch;
+use crate::config::{OptimizerConfig, Role, Stage, Training};
 use crate::error::Result;
-use crate::monitor::{MetricsRow, Progress, Table, field};
+use crate::monitor::{MetricsRow, Table, field};
+use crate::ranks::Team;
 use crate::run::{Run, is_due};
-use crate::stop::StopFlag;
 use state::State;
 
 /// What the model's files are called in a checkpoint.
@@ -41,17 +45,23 @@ pub trait Objective {
     /// Where a row stands, for people.
     fn origin(&self, row: StepRow) -> String;
 
-    /// Adds the gradient of the loss, a sum over the terms of `rows`, in one forward and backward pass. Returns the sum.
+    /// Adds the gradient of the loss, a sum over the terms of the rows of all `passes`; a pass without rows takes part in what
+    /// ranks do together. Returns the sum of each pass that has some, on ranks that know it.
     ///
     /// # Errors
     /// What the engine refuses.
-    fn accumulate(&self, engine: &mut Engine<Train>, rows: &[StepRow], pass: Pass) -> Result<f64>;
+    fn accumulate(
+        &self,
+        engine: &mut Engine<Train>,
+        passes: &[Option<Vec<StepRow>>],
+        pass: Pass,
+    ) -> Result<Vec<Option<f64>>>;
 
     /// Measures the model on held-out rows: names of [`crate::monitor::field`] and values. Empty if nothing is held out.
     ///
     /// # Errors
     /// What the engine refuses.
-    fn evaluate(&self, model: &Model) -> Result<Measures>;
+    fn evaluate(&self, model: &Model, team: &Team) -> Result<Measures>;
 }
 
 /// What an evaluation has found, by field.
@@ -77,6 +87,8 @@ pub struct Plan<'a> {
     pub optimizer: &'a OptimizerConfig,
     /// Seed of order and dropout.
     pub seed: u64,
+    /// Whose place the model takes.
+    pub role: Role,
 }
 
 /// A model that has been trained to the end.
@@ -100,47 +112,61 @@ pub struct Trained {
 /// [`crate::error::StageError::Numerical`] after several steps in a row whose numbers were not finite, and what the engine or the
 /// store refuses.
 pub fn train(
+    launch: &Launch,
     run: &mut Run,
+    team: &Team,
     plan: &Plan<'_>,
     model: Model,
     objective: &dyn Objective,
-    stop: &StopFlag,
 ) -> Result<Option<Trained>> {
     let total = plan.training.steps(objective.rows());
-    let optimizer = plan.optimizer.build(total);
+    let optimizer = launch.config.lora.optimizer(plan.optimizer).build(total);
+    let placement = team.placement(plan.role)?;
     let (mut engine, mut state) = match run.resume_point() {
         Some(point) => {
             let (spec, head) = (model.spec().clone(), model.head());
-            // Two models at once would be one too many.
-            drop(model);
-            (load_engine(&spec, head, optimizer, MODEL, &point.files)?, point.state::<State>()?)
+            let files = &point.files;
+            let engine = match adapters::config(&launch.config.lora, model.spec(), head)? {
+                Some(lora) => load_lora_engine(model.place(&placement)?, &lora, optimizer, MODEL, files, &placement)?,
+                None => {
+                    // Two models at once would be one too many.
+                    drop(model);
+                    load_engine(&spec, head, optimizer, MODEL, files, &placement)?
+                }
+            };
+            (engine, point.state::<State>()?)
         }
-        None => (Engine::new(model, optimizer)?, State::default()),
+        None => {
+            let model = adapters::attach(model.place(&placement)?, &launch.config.lora, plan.seed, &placement)?;
+            (Engine::placed(model, optimizer, placement)?, State::default())
+        }
     };
     let mut sampler = Sampler::new(objective.rows(), plan.seed)?.resume(state.cursor)?;
-    let mut progress = Progress::new(plan.stage.name(), total, state.step);
+    let mut progress = launch.progress(plan.stage.name(), total, state.step);
     let mut measures = None;
 
     while state.step < total {
         let rows = step::next_rows(&mut sampler, plan.training.rows_per_step);
-        let report = step::step(&mut engine, objective, &rows, state.step + 1, plan)?;
+        let report = step::step(&mut engine, team, objective, &rows, state.step + 1, plan)?;
         state.count(&report, sampler.cursor());
         let mut row = report.metrics(state.step, objective, &rows);
         let is_last = state.step == total;
         if is_last || is_due(state.step, plan.training.eval_every) {
-            measures = Some(measure(objective, engine.model(), &mut row)?);
+            // Ranks that make steps by themselves come to one model first.
+            engine.join_ranks()?;
+            measures = Some(measure(objective, engine.model(), team, &mut row)?);
         }
         run.log(&row)?;
         progress.update(state.step, &figures(&row, measures.as_ref()));
         health::check(&state)?;
         if is_last {
-            run.save_now(state.step, &state, |staging| Ok(save_engine(&engine, MODEL, staging)?))?;
+            run.save_now(state.step, &state, |staging| save(&engine, staging))?;
         } else {
             if is_due(state.step, plan.training.checkpoint_every) {
-                run.save(state.step, &state, |staging| Ok(save_engine(&engine, MODEL, staging)?))?;
+                run.save(state.step, &state, |staging| save(&engine, staging))?;
             }
-            if stop.is_requested() {
-                run.save_now(state.step, &state, |staging| Ok(save_engine(&engine, MODEL, staging)?))?;
+            if launch.should_stop(Tag::new("supervised/stop", state.step))? {
+                run.save_now(state.step, &state, |staging| save(&engine, staging))?;
                 progress.finish();
                 return Ok(None);
             }
@@ -150,14 +176,19 @@ pub fn train(
     let measures = match measures {
         Some(measures) => measures,
         // The last step was made by an earlier process.
-        None => objective.evaluate(engine.model())?,
+        None => objective.evaluate(engine.model(), team)?,
     };
     let model = engine.model().clone();
     Ok(Some(Trained { model, measures, steps: state.step, skipped: state.skipped, tokens: state.tokens }))
 }
 
-fn measure(objective: &dyn Objective, model: &Model, row: &mut MetricsRow) -> Result<Measures> {
-    let measures = objective.evaluate(model)?;
+/// Brings weights and optimizer state together, and writes them where there is somewhere to write to.
+fn save(engine: &Engine<Train>, staging: Option<&mut Staging>) -> Result<()> {
+    Ok(save_engine(engine, MODEL, staging)?)
+}
+
+fn measure(objective: &dyn Objective, model: &Model, team: &Team, row: &mut MetricsRow) -> Result<Measures> {
+    let measures = objective.evaluate(model, team)?;
     for &(field, value) in &measures {
         row.set(field, value);
     }

@@ -6,9 +6,10 @@ use tandem_data::Sampler;
 use tandem_engine::train::StepOutcome;
 use tandem_engine::{Dropout, Engine, Recompute, Train};
 
-use super::{Objective, Pass, Plan, batches};
+use super::{Objective, Pass, Plan};
 use crate::error::Result;
 use crate::monitor::{MetricsRow, field};
+use crate::ranks::Team;
 
 /// The rows of a step that was left out, as far as they are listed.
 const SKIPPED_ROWS: &str = "skipped_rows";
@@ -35,6 +36,8 @@ pub(super) struct Report {
     seconds: f64,
     pub(super) tokens: usize,
     pub(super) applied: bool,
+    /// Bytes that this rank sent to others for gradients, moments and weights.
+    wire_bytes: u64,
 }
 
 /// The rows of the next step: at most `count`, fewer at the end of an epoch.
@@ -49,6 +52,7 @@ pub(super) fn next_rows(sampler: &mut Sampler, count: usize) -> Vec<StepRow> {
 /// Makes step `number` on `rows`.
 pub(super) fn step(
     engine: &mut Engine<Train>,
+    team: &Team,
     objective: &dyn Objective,
     rows: &[StepRow],
     number: u64,
@@ -61,22 +65,24 @@ pub(super) fn step(
         recompute: if plan.training.recompute { Recompute::On } else { Recompute::Off },
     };
     let lengths: Vec<usize> = rows.iter().map(|&row| objective.tokens(row)).collect();
-    let mut loss = 0.0;
-    for micro_batch in batches(&lengths, plan.training.tokens_per_micro_batch)? {
-        let rows: Vec<StepRow> = micro_batch.into_iter().map(|at| rows[at]).collect();
-        loss += objective.accumulate(engine, &rows, pass)?;
-    }
+    let share = team.share(&lengths, plan.training.tokens_per_micro_batch)?;
+    let of_pass = |at: &Option<Vec<usize>>| at.as_ref().map(|at| at.iter().map(|&at| rows[at]).collect::<Vec<_>>());
+    let passes: Vec<_> = share.passes.iter().map(|(_, at)| of_pass(at)).collect();
+    let sums = objective.accumulate(engine, &passes, pass)?;
+    let known = share.passes.iter().zip(sums).filter_map(|((number, _), sum)| Some((*number, [sum?])));
+    let found = team.gather(&known.collect::<Vec<_>>(), share.all)?;
+    let loss = found.into_iter().flatten().fold(0.0, |loss, [sum]| loss + sum);
     let terms = rows.iter().map(|&row| objective.terms(row)).sum::<usize>() as f64;
-    let StepOutcome { lr, grad_norm, applied } = if loss.is_finite() {
+    let StepOutcome { lr, grad_norm, applied, wire_bytes } = if loss.is_finite() {
         engine.step(terms)?
     } else {
         let grad_norm = engine.grad_norm(terms)?;
         engine.clear_grads()?;
         let lr = engine.optimizer().config().schedule.lr(engine.optimizer().step() + 1);
-        StepOutcome { lr, grad_norm, applied: false }
+        StepOutcome { lr, grad_norm, applied: false, wire_bytes: 0 }
     };
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Report { loss: loss / terms, lr, grad_norm, seconds, tokens: lengths.iter().sum(), applied })
+    Ok(Report { loss: loss / terms, lr, grad_norm, seconds, tokens: lengths.iter().sum(), applied, wire_bytes })
 }
 
 impl Report {
@@ -89,6 +95,9 @@ impl Report {
             .set(field::TOKENS, self.tokens)
             .set(field::TOKENS_PER_S, self.tokens as f64 / self.seconds)
             .set(field::TIME_TRAIN_S, self.seconds);
+        if self.wire_bytes > 0 {
+            row.set(field::WIRE_BYTES, self.wire_bytes);
+        }
         if !self.applied {
             let listed: Vec<String> = rows.iter().take(ROWS_LISTED).map(|&row| objective.origin(row)).collect();
             row.set(SKIPPED_ROWS, listed);

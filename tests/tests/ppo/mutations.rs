@@ -1,6 +1,7 @@
 //! Faults of other toolkits as test-only variants of single functions: each must fail the check that the product passes.
 
 use tandem_engine::model::unit::UnitBuffer;
+use tandem_engine::parallel::{Gradients, Placement};
 use tandem_engine::{Dropout, Recompute};
 use tandem_stages::ppo::advantage::{RewardShape, gae, whiten};
 use tandem_stages::ppo::rollout::ResponseBatch;
@@ -49,10 +50,10 @@ fn old_log_probs_with_dropout_are_noticed() {
     assert!(!first_ratio_is_one(|toy, lesson| {
         let batch = ResponseBatch::new([lesson.sequence()]);
         let dropout = Some(Dropout { probability: 0.1, seed: 1, step: 1 });
-        let grads = toy.actor.model().zeros_like_units().unwrap();
+        let mut grads = Gradients::new(&Placement::solo(), &toy.actor.model().layouts()).unwrap();
         let trace = toy.actor.model().trace(&batch.batch, dropout, Recompute::Off).unwrap();
         let zero = |new: &tandem_engine::LogProbs| Ok((new.logp.sum_all()? * 0.0)?);
-        flat(&trace.backward_log_probs(&batch.rows, &batch.labels, &grads, zero).unwrap().1.logp)
+        flat(&trace.backward_log_probs(&batch.rows, &batch.labels, &mut grads, zero).unwrap().unwrap().1.logp)
     }));
 }
 
@@ -67,7 +68,7 @@ fn micro_batches_do_not_show(prepare: impl Fn(&mut [Lesson], usize)) -> bool {
             let config = tandem_stages::ppo::update::UpdateConfig { tokens_per_micro_batch, ..update_config() };
             toy.learn(&lessons.iter().collect::<Vec<_>>(), &config);
         }
-        toy.actor.model().units().iter().map(UnitBuffer::flat).flat_map(flat).collect::<Vec<f32>>()
+        toy.actor.model().units().unwrap().iter().map(UnitBuffer::flat).flat_map(flat).collect::<Vec<f32>>()
     };
     let (whole, parts) = (weights_after(4096), weights_after(64));
     let largest = whole.iter().fold(0f32, |most, w| most.max(w.abs()));

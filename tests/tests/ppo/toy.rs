@@ -4,13 +4,14 @@ use candle_core::Tensor;
 use tandem_engine::generate::{Completion, Finish, SamplingKey};
 use tandem_engine::model::spec::{Family, ModelSpec, NormKind, PositionKind};
 use tandem_engine::model::unit::{HEAD, Head};
-use tandem_engine::train::{OptimizerConfig, Schedule, ScheduleKind};
+use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
 use tandem_engine::{Engine, Model, Recompute, Train};
 use tandem_kernels::mlp::Activation;
 use tandem_kernels::sample::SamplingParams;
 use tandem_stages::ppo::advantage::{RewardShape, gae};
 use tandem_stages::ppo::rollout::{self, RolloutConfig, Sequence};
 use tandem_stages::ppo::update::{Learners, Lesson, UpdateConfig, UpdateOutcome, update};
+use tandem_stages::ranks::Team;
 
 pub(crate) const VOCABULARY: usize = 16;
 pub(crate) const EOS: u32 = 0;
@@ -78,12 +79,13 @@ pub(crate) fn spec() -> ModelSpec {
 /// A random model whose head is zero: its policy is exactly uniform.
 pub(crate) fn uniform_policy(seed: u64) -> Model {
     let model = Model::initial(spec(), Head::Language, seed).unwrap();
-    model.units()[0].get(HEAD).unwrap().zero_set().unwrap();
+    model.units().unwrap()[0].get(HEAD).unwrap().zero_set().unwrap();
     model
 }
 
 pub(crate) fn optimizer(lr: f64) -> OptimizerConfig {
     OptimizerConfig {
+        kind: OptimizerKind::AdamW,
         schedule: Schedule {
             kind: ScheduleKind::Constant,
             peak_lr: lr,
@@ -166,8 +168,8 @@ impl Toy {
             .iter()
             .map(|c| Sequence { sample: c.sample, prompt: ids[c.request], response: &c.ids })
             .collect();
-        let reference = rollout::log_probs(&self.reference, &sequences, 4096).unwrap();
-        let values = rollout::values(self.critic.model(), &sequences, 4096).unwrap();
+        let reference = rollout::log_probs(&Team::solo(), &self.reference, &sequences, 4096).unwrap();
+        let values = rollout::values(&Team::solo(), self.critic.model(), &sequences, 4096).unwrap();
         let shape = RewardShape { kl_coefficient: BETA, score_clip: None, missing_eos_penalty: 0.0 };
         let lessons = completions.iter().zip(reference).zip(values).map(|((c, reference), old_values)| {
             let rewards = shape.token_rewards(&c.logp, &reference, (self.score)(c) as f32, true);
@@ -197,7 +199,7 @@ impl Toy {
 
     /// One update on some lessons.
     pub(crate) fn learn(&mut self, lessons: &[&Lesson], config: &UpdateConfig) -> UpdateOutcome {
-        update(&mut self.actor, &mut self.critic, lessons, Learners::Both, config).unwrap()
+        update(&Team::solo(), &mut self.actor, &mut self.critic, lessons, Learners::Both, config).unwrap()
     }
 
     /// One whole iteration.

@@ -31,7 +31,7 @@ fn exported(dir: &Path, head: Head, tokenizer: &Tokenizer) -> (Model, String) {
     let scale = (head == Head::Scalar).then_some(SCALE);
     let run = RunDir::open(dir).unwrap();
     let mut staging = run.stage_export().unwrap();
-    models::export(&model, tokenizer, &serde_json::Value::Null, scale, &config, &mut staging).unwrap();
+    models::export(&model, tokenizer, &serde_json::Value::Null, scale, &config, Some(&mut staging)).unwrap();
     staging.publish(serde_json::Value::Null).unwrap();
     (model, run.export_path().display().to_string())
 }
@@ -60,7 +60,7 @@ fn ids_of_the_same_vocabulary_are_scored_as_they_are() {
     assert!(expected[0] != expected[1] && expected[1] != expected[2]);
     // Alone in a pass or all in one: the same bits.
     for budget in [1, 1000] {
-        let mut scorer = ModelScorer::load(&folder, &policy, budget).unwrap();
+        let mut scorer = ModelScorer::load(&Team::solo(), &folder, &policy, budget).unwrap();
         assert_eq!(scorer.score(&items).unwrap(), expected, "{budget}");
     }
 }
@@ -82,7 +82,7 @@ fn another_vocabulary_is_read_as_text() {
     // The policy ended the first response itself; the second one was cut, so it has no end to be scored at.
     let expected = [direct(&model, &read), direct(&model, &read[..read.len() - 1])];
     assert!(expected[0] != expected[1]);
-    let mut scorer = ModelScorer::load(&folder, &policy, 1000).unwrap();
+    let mut scorer = ModelScorer::load(&Team::solo(), &folder, &policy, 1000).unwrap();
     assert_eq!(scorer.score(&items).unwrap(), expected);
 }
 
@@ -91,11 +91,12 @@ fn what_cannot_be_scored_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let policy = tokenizer(280);
     let (_, folder) = exported(&dir.path().join("language"), Head::Language, &policy);
-    let message = ModelScorer::load(&folder, &policy, 1000).err().unwrap().to_string();
+    let message = ModelScorer::load(&Team::solo(), &folder, &policy, 1000).err().unwrap().to_string();
     assert!(message.contains("without a scalar head"), "{message}");
 
     let (_, folder) = exported(&dir.path().join("reward"), Head::Scalar, &policy);
     let long = ScoreItem { prompt_ids: &[1; 65], response_ids: &[], prompt_text: "", response_text: "" };
-    let message = ModelScorer::load(&folder, &policy, 1000).unwrap().score(&[long]).unwrap_err().to_string();
+    let message =
+        ModelScorer::load(&Team::solo(), &folder, &policy, 1000).unwrap().score(&[long]).unwrap_err().to_string();
     assert!(message.contains("65 tokens"), "{message}");
 }

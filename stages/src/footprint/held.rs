@@ -1,0 +1,138 @@
+//! Memory of a rank. Sharding after Rajbhandari et al. (ZeRO, 2020), figure 1, with four bytes for everything.
+
+use tandem_engine::generate::CacheSize;
+use tandem_engine::model::spec::ModelSpec;
+use tandem_engine::model::unit::Head;
+
+use super::share::Units;
+use super::{Case, F32, Held, Phase, SLOTS};
+use crate::config::{Offload, OptimizerConfig, OptimizerKind, Role, Stage};
+
+impl Case<'_> {
+    pub(super) fn held(&self) -> Vec<Held> {
+        let mut parts: Vec<Held> = self.roles().flat_map(|(role, head)| self.model(role, head)).collect();
+        if self.stage == Stage::Ppo {
+            parts.extend(self.generation());
+        }
+        parts
+    }
+
+    /// One model and all that training it takes.
+    fn model(&self, role: Role, head: Head) -> Vec<Held> {
+        let name = role.section().replace('_', " ");
+        let settings = self.config.role(role);
+        let mesh = self.mesh;
+        let units = Units::of(self.spec, head, mesh.tensor, mesh.pipeline);
+        let is_trained = role.is_trained(self.stage);
+        let zero_stage = if is_trained || settings.zero_stage == 3 { settings.zero_stage } else { 0 };
+        let part = |what: String, elements: u64, is_in_files: bool| {
+            let bytes = F32 * elements;
+            let (bytes, file_bytes) = if is_in_files { (0, bytes) } else { (bytes, 0) };
+            Held { what, bytes, file_bytes, phase: None }
+        };
+        let at_work = |what: String, elements: u64| Held {
+            what,
+            bytes: F32 * elements,
+            file_bytes: 0,
+            phase: Some(Phase::Computing(role)),
+        };
+        let kept = |units: Units, from_stage: u8| match zero_stage >= from_stage {
+            true => units.slice(mesh.data),
+            false => units.total(),
+        };
+        let (large, small) = units.persistent(self.config.parallel.persistence_threshold);
+        let weights = if zero_stage == 3 { large.slice(mesh.data) + small.total() } else { units.total() };
+        let weights_in_files = settings.offload == Offload::All;
+        let mut parts = vec![part(format!("{name}: weights"), weights, weights_in_files)];
+        if zero_stage == 3 && mesh.data > 1 {
+            let ahead = self.config.parallel.prefetch_units as u64;
+            let what = format!("{name}: units gathered at once, {}", 1 + ahead);
+            parts.push(at_work(what, (1 + ahead) * large.largest()));
+        }
+        if !is_trained {
+            return parts;
+        }
+        let mut trained = units;
+        if self.has_adapters(role) {
+            trained = Units::of_adapters(self.spec, &self.config.lora, mesh);
+            parts.push(part(format!("{name}: adapters"), kept(trained, 3), weights_in_files));
+        }
+        parts.push(part(format!("{name}: gradients"), kept(trained, 2), false));
+        if zero_stage >= 2 && mesh.data > 1 {
+            parts.push(at_work(format!("{name}: gradients under way, 2 units"), 2 * trained.largest()));
+        }
+        let optimizer = self.optimizer(role);
+        // Signs need no second moment.
+        let moments = if optimizer.kind == OptimizerKind::SignSgd { 1 } else { 2 };
+        let in_files = settings.offload != Offload::None;
+        parts.push(part(format!("{name}: optimizer moments"), moments * kept(trained, 1), in_files));
+        if matches!(optimizer.kind, OptimizerKind::OneBitAdam | OptimizerKind::ZeroOneAdam) && mesh.data > 1 {
+            // What a rank's own signs leave out, and what those of its slice of the sum do.
+            let errors = trained.total() + trained.slice(mesh.data);
+            parts.push(part(format!("{name}: errors fed back"), errors, false));
+        }
+        if role == Role::Actor && self.stage == Stage::Ppo && self.config.ppo.ema_decay.is_some() {
+            parts.push(part(format!("{name}: average"), kept(trained, 3), false));
+        }
+        let tokens = self.micro_batch_tokens();
+        let activations = self.activations(tokens);
+        parts.push(at_work(format!("{name}: activations of {tokens} tokens"), activations));
+        parts
+    }
+
+    /// The optimizer that moves `role`.
+    pub(super) fn optimizer(&self, role: Role) -> &OptimizerConfig {
+        match (self.stage, role) {
+            (Stage::Sft, _) => &self.config.sft.optimizer,
+            (Stage::Reward, _) => &self.config.reward.optimizer,
+            (Stage::Ppo, Role::Critic) => &self.config.ppo.critic_optimizer,
+            (Stage::Ppo, _) => &self.config.ppo.actor_optimizer,
+        }
+    }
+
+    /// The actor's copy that generates, where the training weights cannot, and its key-value cache.
+    fn generation(&self) -> Vec<Held> {
+        let ppo = &self.config.ppo;
+        let tensor = ppo.inference_tp_size.max(1);
+        let generating = |is_kept: bool| (!is_kept).then_some(Phase::Generating);
+        let mut parts = Vec::new();
+        if self.needs_copy() {
+            let units = Units::of(self.spec, Head::Language, tensor, 1);
+            let what = "actor: copy that generates".to_owned();
+            let phase = generating(ppo.pin_parameters);
+            parts.push(Held { what, bytes: F32 * units.total(), file_bytes: 0, phase });
+        }
+        let replicas = (self.mesh.world() / tensor).max(1);
+        let slots = SLOTS.min(ppo.samples_per_iteration().div_ceil(replicas));
+        let size = CacheSize { slots, max_len: ppo.longest_sequence() };
+        // Heads stay whole: with more ranks than heads some hold the same one.
+        let cut = ModelSpec { kv_heads: self.spec.kv_heads.div_ceil(tensor), ..self.spec.clone() };
+        let what = format!("cache of {slots} sequences of {} tokens", size.max_len);
+        let phase = generating(!ppo.release_inference_cache);
+        parts.push(Held { what, bytes: size.bytes(&cut) as u64, file_bytes: 0, phase });
+        parts
+    }
+
+    /// Whether the weights that are trained are laid out otherwise than those that generate.
+    pub(super) fn needs_copy(&self) -> bool {
+        let sharded = self.config.actor.zero_stage == 3 && self.mesh.data > 1;
+        let same_cut = self.mesh.tensor == self.config.ppo.inference_tp_size && self.mesh.pipeline == 1;
+        sharded || !same_cut || self.config.lora.is_on()
+    }
+
+    /// What a forward keeps for its backward: per block the inputs of its norms, branches and linear maps; with
+    /// recomputation only the block's input, and all of one block at a time. The first stage of a pipeline keeps as many
+    /// micro-batches as there are stages.
+    fn activations(&self, tokens: usize) -> u64 {
+        let spec = self.spec;
+        let tensor = self.mesh.tensor.max(1);
+        let cut = spec.qkv_width() + spec.heads * spec.head_dim + spec.heads + spec.up_width() + spec.mlp_width;
+        let block = 4 * spec.hidden + cut.div_ceil(tensor);
+        let layers = spec.layers.div_ceil(self.mesh.pipeline.max(1));
+        let kept = if self.recompute() { layers * spec.hidden } else { layers * block };
+        let under_way = (self.mesh.pipeline as u64).min(self.micro_batches(self.rows_per_step()));
+        // The backward of a block holds about as much again as its forward has kept of it.
+        let working = if self.recompute() { 2 * block } else { block };
+        tokens as u64 * (under_way.max(1) * kept as u64 + working as u64)
+    }
+}
