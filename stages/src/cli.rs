@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use clap::Parser;
 use tandem_collective::{Collective, Solo, Status, Tag};
+use tandem_engine::parallel::Mesh;
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, MeshShape, Origin, Stage};
+use crate::config::{Config, Origin, Stage};
 use crate::error::{ExitCode, Result, StageError};
 use crate::monitor::Progress;
 use crate::ranks::{self, LEADER};
@@ -28,7 +29,7 @@ Exit codes:
    6  the output directory is in use by another run
    7  a checkpoint cannot be written, or none can be read
   70  a fault of this program
-  75  stopped on request (SIGTERM, Ctrl-C) with the state saved; start again to continue
+  75  stopped on request (SIGTERM, SIGUSR1, Ctrl-C) with the state saved; start again to continue
 
 TANDEM_LOG=debug prints more.";
 
@@ -77,7 +78,7 @@ pub struct Launch {
     /// This rank and its peers.
     pub world: Arc<dyn Collective>,
     /// How the ranks share the work; in a dry run those that are planned for.
-    pub mesh: MeshShape,
+    pub mesh: Mesh,
     /// Machines that these ranks are on.
     pub nodes: usize,
 }
@@ -100,7 +101,7 @@ impl Launch {
             dry_run: false,
             stop: StopFlag::default(),
             world: Arc::new(Solo::default()),
-            mesh: MeshShape { data: 1, tensor: 1, pipeline: 1 },
+            mesh: Mesh::SOLO,
             nodes: 1,
         }
     }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 /// Says at safe points whether the run is to save its state and leave.
@@ -22,6 +22,9 @@ impl StopFlag {
     /// A flag that is raised by SIGTERM and by SIGINT (Ctrl-C). A second signal ends the process at once; what has been
     /// published stays intact.
     ///
+    /// SIGUSR1 raises it too, as often as it comes: batch systems send it as a warning before the time is up, and it is what
+    /// `mpirun` passes on to ranks, while on SIGTERM it kills them.
+    ///
     /// # Errors
     /// The system's refusal to install a handler.
     pub fn on_signals() -> io::Result<Self> {
@@ -31,6 +34,7 @@ impl StopFlag {
             flag::register_conditional_shutdown(signal, INTERRUPTED, Arc::clone(&stop.requested))?;
             flag::register(signal, Arc::clone(&stop.requested))?;
         }
+        flag::register(SIGUSR1, Arc::clone(&stop.requested))?;
         Ok(stop)
     }
 

@@ -74,4 +74,22 @@ succeeds sft "$out/killed"
 grep -q 'continuing after step' "$out/killed.log" || fail 'the run was not continued'
 same "$out/one/sft" "$out/killed"
 
+step 'sft: the job is asked to stop'
+long=(--set sft.max_steps=200 --set sft.eval_every=100 --set sft.checkpoint_every=1000)
+alone sft "$out/uninterrupted" "${long[@]}"
+(mpi sft "$out/stopped" "${long[@]}") &
+job=$!
+wait_for_rows "$out/stopped" 20 "$job"
+# What mpirun passes on to the ranks; they need not notice at the same step.
+kill -USR1 "$(pgrep -P "$job" -x mpirun)"
+status_of "$job"
+[ "$status" -ne 124 ] && [ "$status" -ne 137 ] || fail "the job had to be ended: $(cat "$out/stopped.log")"
+nothing_left
+! is_finished "$out/stopped" || fail 'the job has finished before it could be stopped'
+ls "$out/stopped/checkpoints"/step-* >/dev/null || fail "no checkpoint was left by a job that was asked to stop: $(cat "$out/stopped.log")"
+printf 'status %s, stopped after %s\n' "$status" "$(basename "$(ls -d "$out/stopped/checkpoints"/step-* | tail -1)")"
+succeeds sft "$out/stopped" "${long[@]}"
+grep -q 'continuing after step' "$out/stopped.log" || fail 'the run was not continued'
+same "$out/uninterrupted" "$out/stopped"
+
 step 'all is well'

@@ -36,6 +36,9 @@ lay_down() {
         on "$host" ip addr add "$(address "$host")/24" dev eth0
         on "$host" ip link set lo up
         on "$host" ip link set eth0 up
+        # What mpirun has sent to a silent host, TCP repeats for a quarter of an hour before it gives up, and keepalives do not
+        # count meanwhile; five repeats are about 13 s.
+        on "$host" sysctl -qw net.ipv4.tcp_retries2=5
         on switch ip link set "port$host" master bridge up
     done
 }
@@ -49,6 +52,7 @@ take_up() {
     rm -rf "$out"
 }
 trap take_up EXIT
+trap 'exit 143' INT TERM
 lay_down
 
 # What mpirun takes for ssh. Open MPI tells hosts apart by their names, and lets ranks of one host talk through its memory.
