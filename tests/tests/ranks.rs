@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tandem_collective::Threads;
 use tandem_stages::cli::{Launch, Outcome};
-use tandem_stages::config::{Config, LoraExport, MeshShape, Stage as Name};
+use tandem_stages::config::{Config, LoraExport, Stage as Name};
 use tandem_stages::ranks::on_threads;
 use tandem_stages::stop::StopFlag;
 use tandem_stages::{ppo, reward, sft};
@@ -61,7 +61,7 @@ fn run(
         return stage(&launch(&config, stop()), dir, Some(pipeline)).unwrap();
     }
     let mesh = config.mesh(layout.ranks, &[name], &tandem_stages::config::Origin::Defaults).unwrap();
-    let MeshShape { data, .. } = mesh;
+    let tandem_engine::parallel::Mesh { data, .. } = mesh;
     assert_eq!(data * layout.tensor * layout.pipeline, layout.ranks);
     let launch = Launch { mesh, stop: stop(), ..Launch::new(config) };
     let worlds = Threads::world(layout.ranks, Duration::from_secs(120));

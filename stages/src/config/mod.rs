@@ -35,7 +35,7 @@ pub use generation::{GenerationConfig, SamplingConfig};
 pub use lora::{LoraConfig, LoraExport};
 pub use model::{ModelConfig, NewModelConfig, ShapeConfig, TokenizerConfig, TrainTokenizerConfig};
 pub use optimizer::{OptimizerConfig, OptimizerKind};
-pub use parallel::{Lanes, MeshShape, ParallelConfig};
+pub use parallel::{Lanes, ParallelConfig};
 pub use ppo::{KlConfig, PpoConfig};
 pub use reward::{PairSource, PairsConfig, RewardConfig};
 pub use role::{Offload, Role, RoleConfig};

@@ -1,6 +1,7 @@
 //! `[parallel]`: how the ranks of a run share its work, and the sums that must come out even.
 
 use serde::{Deserialize, Serialize};
+use tandem_engine::parallel::Mesh;
 
 use super::check::Checker;
 use super::error::{ConfigError, Origin};
@@ -57,24 +58,6 @@ impl Default for ParallelConfig {
     }
 }
 
-/// How many ranks lie along each axis of the mesh; the product is the world.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MeshShape {
-    /// Ranks with different rows, dp.
-    pub data: usize,
-    /// Ranks with different parts of each linear map, tp.
-    pub tensor: usize,
-    /// Ranks with different blocks, pp.
-    pub pipeline: usize,
-}
-
-impl MeshShape {
-    /// Ranks in all.
-    pub fn world(&self) -> usize {
-        self.data * self.tensor * self.pipeline
-    }
-}
-
 /// In how many parts sums are taken, whatever the number of ranks: a property of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lanes {
@@ -117,7 +100,7 @@ impl Config {
     ///
     /// # Errors
     /// [`ConfigError::Invalid`] with all that does not come out even; `origin` is where the configuration came from.
-    pub fn mesh(&self, ranks: usize, stages: &[Stage], origin: &Origin) -> Result<MeshShape, ConfigError> {
+    pub fn mesh(&self, ranks: usize, stages: &[Stage], origin: &Origin) -> Result<Mesh, ConfigError> {
         let ParallelConfig { tensor, pipeline, .. } = self.parallel;
         let mut check = Checker::default();
         let model = tensor.max(1) * pipeline.max(1);
@@ -149,11 +132,11 @@ impl Config {
         if !problems.is_empty() {
             return Err(ConfigError::Invalid { origin: origin.clone(), problems });
         }
-        Ok(MeshShape { data: ranks / model, tensor, pipeline })
+        Ok(Mesh { data: ranks / model, tensor, pipeline })
     }
 
     /// The lanes of a run of `stage` that begins on `mesh`.
-    pub fn lanes(&self, mesh: MeshShape, stage: Stage) -> Lanes {
+    pub fn lanes(&self, mesh: Mesh, stage: Stage) -> Lanes {
         self.parallel.lanes_after(Lanes { data: mesh.data, tensor: mesh.tensor.max(self.generating(stage)) })
     }
 
@@ -168,7 +151,7 @@ impl Lanes {
     ///
     /// # Errors
     /// [`ConfigError::Invalid`] naming the numbers that do not come out even and what to do.
-    pub fn check(self, mesh: MeshShape, generating: usize) -> Result<(), ConfigError> {
+    pub fn check(self, mesh: Mesh, generating: usize) -> Result<(), ConfigError> {
         let mut check = Checker::default();
         check_lanes(DATA_LANES, self.data, mesh.data, &mut check);
         check_lanes(TENSOR_LANES, self.tensor, mesh.tensor, &mut check);
@@ -219,7 +202,7 @@ mod tests {
     fn the_mesh_is_what_is_left_over() {
         let plan = config("parallel = { tensor = 4, pipeline = 2 }");
         let mesh = plan.mesh(64, &Stage::ALL, &Origin::Defaults).unwrap();
-        assert_eq!(mesh, MeshShape { data: 8, tensor: 4, pipeline: 2 });
+        assert_eq!(mesh, Mesh { data: 8, tensor: 4, pipeline: 2 });
         assert_eq!(mesh.world(), 64);
         let found = problems(&plan, 12);
         assert!(found.len() == 1 && found[0].contains("multiple of 8 ranks, not 12"), "{found:?}");
@@ -247,13 +230,13 @@ mod tests {
         let given = config("parallel = { data_lanes = 8, tensor_lanes = 8 }");
         assert_eq!(given.lanes(mesh, Stage::Ppo), Lanes { data: 8, tensor: 8 });
 
-        lanes.check(MeshShape { data: 2, tensor: 1, pipeline: 3 }, 2).unwrap();
+        lanes.check(Mesh { data: 2, tensor: 1, pipeline: 3 }, 2).unwrap();
         // Three lanes of a rank would be no branch of a binary tree.
-        assert!(Lanes { data: 6, tensor: 1 }.check(MeshShape { data: 2, tensor: 1, pipeline: 1 }, 1).is_err());
-        assert!(Lanes { data: 6, tensor: 1 }.check(MeshShape { data: 3, tensor: 1, pipeline: 1 }, 1).is_ok());
-        let error = lanes.check(MeshShape { data: 3, tensor: 1, pipeline: 1 }, 1).unwrap_err().to_string();
+        assert!(Lanes { data: 6, tensor: 1 }.check(Mesh { data: 2, tensor: 1, pipeline: 1 }, 1).is_err());
+        assert!(Lanes { data: 6, tensor: 1 }.check(Mesh { data: 3, tensor: 1, pipeline: 1 }, 1).is_ok());
+        let error = lanes.check(Mesh { data: 3, tensor: 1, pipeline: 1 }, 1).unwrap_err().to_string();
         assert!(error.contains("`parallel.data_lanes` is 4") && error.contains("3 data-parallel ranks"), "{error}");
-        let error = lanes.check(MeshShape { data: 4, tensor: 1, pipeline: 1 }, 8).unwrap_err().to_string();
+        let error = lanes.check(Mesh { data: 4, tensor: 1, pipeline: 1 }, 8).unwrap_err().to_string();
         assert!(error.contains("`parallel.tensor_lanes` is 4") && error.contains("8 tensor-parallel"), "{error}");
     }
 }

@@ -11,8 +11,9 @@ use std::fmt;
 
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
+use tandem_engine::parallel::Mesh;
 
-use crate::config::{Config, MeshShape, RewardSourceConfig, Role, Stage};
+use crate::config::{Config, RewardSourceConfig, Role, Stage};
 use crate::monitor::Table;
 
 /// Bytes of an f32.
@@ -23,7 +24,7 @@ pub(crate) const SLOTS: usize = 64;
 /// What a rank holds and sends.
 #[derive(Debug, Clone)]
 pub struct Footprint {
-    mesh: MeshShape,
+    mesh: Mesh,
     nodes: usize,
     held: Vec<Held>,
     /// What "once" is: an optimizer step, or an iteration of PPO.
@@ -68,12 +69,12 @@ struct Case<'a> {
     config: &'a Config,
     stage: Stage,
     spec: &'a ModelSpec,
-    mesh: MeshShape,
+    mesh: Mesh,
 }
 
 impl Footprint {
     /// Of `stage` with models of `spec` upon `mesh`, on `nodes` machines.
-    pub fn new(config: &Config, stage: Stage, spec: &ModelSpec, mesh: MeshShape, nodes: usize) -> Self {
+    pub fn new(config: &Config, stage: Stage, spec: &ModelSpec, mesh: Mesh, nodes: usize) -> Self {
         let case = Case { config, stage, spec, mesh };
         let round = if stage == Stage::Ppo { "an iteration" } else { "a step" };
         Self { mesh, nodes, held: case.held(), round, sent: case.sent() }
@@ -175,7 +176,7 @@ impl Case<'_> {
 
 impl fmt::Display for Footprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MeshShape { data, tensor, pipeline } = self.mesh;
+        let Mesh { data, tensor, pipeline } = self.mesh;
         let (ranks, nodes) = (self.mesh.world(), self.nodes);
         if ranks > 1 {
             let machines = if nodes == 1 { "node" } else { "nodes" };

@@ -3,7 +3,9 @@
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::{self, Head, ParamSlot, Shard, UnitId, UnitLayout};
 
-use crate::config::{LoraConfig, MeshShape};
+use tandem_engine::parallel::Mesh;
+
+use crate::config::LoraConfig;
 
 /// Elements of the units of the rank with most: the ends, and some equal blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +30,7 @@ impl Units {
     }
 
     /// The adapters on these units: per linear map `rank · (inputs + outputs)`.
-    pub(super) fn of_adapters(spec: &ModelSpec, lora: &LoraConfig, mesh: MeshShape) -> Self {
+    pub(super) fn of_adapters(spec: &ModelSpec, lora: &LoraConfig, mesh: Mesh) -> Self {
         let (rank, tensor) = (lora.rank as u64, mesh.tensor.max(1) as u64);
         let is_target = |names: &[&str]| {
             lora.targets.is_empty() || lora.targets.iter().any(|target| names.contains(&target.as_str()))

@@ -16,11 +16,11 @@ fn spec() -> ModelSpec {
     shape.spec(120)
 }
 
-fn mesh(data: usize, tensor: usize, pipeline: usize) -> MeshShape {
-    MeshShape { data, tensor, pipeline }
+fn mesh(data: usize, tensor: usize, pipeline: usize) -> Mesh {
+    Mesh { data, tensor, pipeline }
 }
 
-fn footprint(text: &str, stage: Stage, mesh: MeshShape) -> Footprint {
+fn footprint(text: &str, stage: Stage, mesh: Mesh) -> Footprint {
     Footprint::new(&config(text), stage, &spec(), mesh, 1)
 }
 
@@ -155,7 +155,7 @@ fn signs_are_a_thirty_second() {
 
 #[test]
 fn only_what_a_rank_lacks_is_moved_by_the_switch() {
-    let switch = |text: &str, mesh: MeshShape| {
+    let switch = |text: &str, mesh: Mesh| {
         let footprint = footprint(text, Stage::Ppo, mesh);
         footprint.sent().iter().find(|part| part.what.contains("switch")).map_or(0, |part| part.bytes)
     };
