@@ -1,0 +1,128 @@
+//! One case: its settings, and how it is run here or in a child process.
+
+use std::process::Command;
+
+use clap::{Args, ValueEnum};
+
+use super::{BenchError, Measured, Shape, generate, ppo, train};
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Work {
+    /// A step of supervised fine-tuning.
+    Sft,
+    /// A step of reward modelling, on pairs of unequal length.
+    Reward,
+    /// Sampling 16 × 128 tokens after prompts of 64 to 128.
+    Generate,
+    /// A PPO iteration: sampling, scores, an update of actor and critic.
+    Ppo,
+}
+
+impl Work {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Work::Sft => "sft",
+            Work::Reward => "reward",
+            Work::Generate => "generate",
+            Work::Ppo => "ppo",
+        }
+    }
+}
+
+/// A case.
+#[derive(Clone, Debug, Args)]
+pub struct Case {
+    /// What is measured.
+    #[arg(value_enum)]
+    pub work: Work,
+    /// The model.
+    #[arg(long, value_enum, default_value = "small")]
+    pub shape: Shape,
+    /// Ranks, as threads of one process that share the cores.
+    #[arg(long, default_value_t = 1)]
+    pub ranks: usize,
+    /// ZeRO stage of the trained models, 0 to 3.
+    #[arg(long, default_value_t = 0)]
+    pub zero_stage: u8,
+    /// Compute activations again in the backward.
+    #[arg(long)]
+    pub recompute: bool,
+    /// Most tokens in one forward.
+    #[arg(long, default_value_t = 4096)]
+    pub tokens_per_micro_batch: usize,
+    /// Steps measured.
+    #[arg(long, default_value_t = 5)]
+    pub steps: usize,
+    /// Steps before those.
+    #[arg(long, default_value_t = 2)]
+    pub warmup: usize,
+    /// Threads of all ranks together; 0: one for each core.
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+impl Case {
+    /// A case with the defaults of the command line.
+    pub fn new(work: Work, shape: Shape) -> Self {
+        Self {
+            work,
+            shape,
+            ranks: 1,
+            zero_stage: 0,
+            recompute: false,
+            tokens_per_micro_batch: 4096,
+            steps: 5,
+            warmup: 2,
+            threads: 0,
+        }
+    }
+
+    /// Threads of all ranks together.
+    pub fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            threads => threads,
+        }
+    }
+
+    /// Measures it in this process.
+    ///
+    /// # Errors
+    /// If the model cannot be made or a step fails.
+    pub fn run(&self) -> Result<Measured, BenchError> {
+        match self.work {
+            Work::Sft | Work::Reward => train::run(self),
+            Work::Generate => generate::run(self),
+            Work::Ppo => ppo::run(self),
+        }
+    }
+
+    /// Measures it in a process of its own.
+    ///
+    /// # Errors
+    /// If the process fails; the error holds its words.
+    pub fn run_apart(&self) -> Result<Measured, BenchError> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["case", self.work.name(), "--shape", self.shape.name()]);
+        for (name, value) in [
+            ("--ranks", self.ranks),
+            ("--zero-stage", usize::from(self.zero_stage)),
+            ("--tokens-per-micro-batch", self.tokens_per_micro_batch),
+            ("--steps", self.steps),
+            ("--warmup", self.warmup),
+            ("--threads", self.threads),
+        ] {
+            command.arg(name).arg(value.to_string());
+        }
+        if self.recompute {
+            command.arg("--recompute");
+        }
+        let output = command.output()?;
+        if !output.status.success() {
+            return Err(format!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr)).into());
+        }
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+}

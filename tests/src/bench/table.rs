@@ -1,0 +1,95 @@
+//! The table of the README: every kind of work, ours and, where Python is at hand, the peer's, by turns.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::case::{Case, Work};
+use super::peers::{Peer, variants};
+use super::{BenchError, Measured, Shape, median};
+
+/// What the table holds.
+#[derive(Clone, Debug, Args)]
+pub struct TableArgs {
+    /// Kinds of work.
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["sft", "reward", "generate", "ppo"])]
+    pub work: Vec<Work>,
+    /// Models.
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["tiny", "small"])]
+    pub shape: Vec<Shape>,
+    /// Number formats.
+    #[arg(long, value_delimiter = ',', default_values = ["f32"])]
+    pub precision: Vec<String>,
+    /// A Python that has PyTorch and transformers; without it only our side is measured.
+    #[arg(long)]
+    pub python: Option<PathBuf>,
+    /// Variants of the peer; all that it has of a kind of work unless given.
+    #[arg(long, value_delimiter = ',')]
+    pub variant: Vec<String>,
+    /// Times that each side is measured.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// Steps of a measurement.
+    #[arg(long, default_value_t = 5)]
+    pub steps: usize,
+}
+
+impl TableArgs {
+    /// Measures and prints, a row as soon as it is there.
+    ///
+    /// # Errors
+    /// If a measurement fails.
+    pub fn run(&self) -> Result<(), BenchError> {
+        println!(
+            "| work | shape | precision | tokens/s | MiB | peer | tokens/s | MiB | time, ours / peer | memory, ours / peer |"
+        );
+        println!("|---|---|---|---|---|---|---|---|---|---|");
+        for &work in &self.work {
+            for &shape in &self.shape {
+                for precision in &self.precision {
+                    self.row(work, shape, precision)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&self, work: Work, shape: Shape, precision: &str) -> Result<(), BenchError> {
+        let case = Case { steps: self.steps, ..Case::new(work, shape) };
+        let ours_alone = |ours: &Measured| {
+            format!(
+                "| {} | {} | {precision} | {:.0} | {:.0} |",
+                work.name(),
+                shape.name(),
+                ours.tokens_per_s(),
+                ours.peak_mib
+            )
+        };
+        let Some(python) = &self.python else {
+            println!("{} – | – | – | – | – |", ours_alone(&case.run_apart()?));
+            return Ok(());
+        };
+        let peer = Peer::new(python, case.threads());
+        let wanted = |variant: &&&str| self.variant.is_empty() || self.variant.iter().any(|name| name == **variant);
+        for variant in variants(work).iter().filter(wanted) {
+            let (mut rounds, mut time, mut memory) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..self.rounds {
+                let (ours, theirs) = (case.run_apart()?, peer.run(work, shape, precision, variant, self.steps)?);
+                time.push(ours.median_s() / theirs.median_s());
+                memory.push(ours.peak_mib / theirs.peak_mib);
+                rounds.push((ours, theirs));
+            }
+            rounds.sort_by(|a, b| a.0.median_s().total_cmp(&b.0.median_s()));
+            let (ours, theirs) = &rounds[rounds.len() / 2];
+            println!(
+                "{} {variant} | {:.0} | {:.0} | {:.2} | {:.2} |",
+                ours_alone(ours),
+                theirs.tokens_per_s(),
+                theirs.peak_mib,
+                median(&time),
+                median(&memory)
+            );
+        }
+        Ok(())
+    }
+}
