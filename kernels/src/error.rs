@@ -20,7 +20,7 @@ pub enum Error {
         got: String,
     },
     /// The element type has no kernel yet.
-    #[error("{op}: no kernel for dtype {dtype:?}; this build computes in f32")]
+    #[error("{op}: no kernel for dtype {dtype:?}; tensors are f32 or bf16")]
     Dtype {
         /// Name of the kernel.
         op: &'static str,
@@ -91,4 +91,14 @@ impl Error {
 /// `Ok` if `got == expected`, else a shape error naming the argument.
 pub(crate) fn check_dims(op: &'static str, what: &'static str, expected: &[usize], got: &[usize]) -> Result<()> {
     if expected == got { Ok(()) } else { Err(Error::shape(op, what, expected, got)) }
+}
+
+/// `Ok` if `tensor` has the dtype that another argument asks for, else an error naming both.
+pub(crate) fn check_dtype(
+    op: &'static str,
+    what: &'static str,
+    expected: candle_core::DType,
+    tensor: &candle_core::Tensor,
+) -> Result<()> {
+    if tensor.dtype() == expected { Ok(()) } else { Err(Error::shape(op, what, expected, tensor.dtype())) }
 }

@@ -4,8 +4,11 @@
 //! a token's result does not depend on what else is in the batch; nothing depends on the number of threads; and
 //! training and decoding share one order of arithmetic, so they agree on every log-probability.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod dropout;
+mod element;
 pub mod embedding;
 mod error;
 pub mod gemm;
@@ -14,6 +17,7 @@ mod math;
 pub mod mlp;
 pub mod norm;
 pub mod optimizer;
+pub mod profile;
 pub mod reduce;
 pub mod reference;
 pub mod rng;
@@ -23,5 +27,6 @@ mod simd;
 pub mod slice;
 mod view;
 
+pub use element::Element;
 pub use error::{Error, Result};
 pub use simd::Isa;

@@ -16,6 +16,8 @@ pub enum Isa {
     Avx2 = 2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512 = 3,
+    /// AVX-512 with bf16, and bf16 matrix tiles (Intel AMX): products of bf16 matrices, else as [`Isa::Avx512`].
+    Amx = 4,
 }
 
 static ACTIVE: AtomicU8 = AtomicU8::new(0);
@@ -31,6 +33,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
+            if avx512 && crate::amx::available() {
+                return Isa::Amx;
+            }
             if avx512 {
                 return Isa::Avx512;
             }
@@ -48,6 +53,7 @@ impl Isa {
             1 => Isa::Portable,
             2 => Isa::Avx2,
             3 => Isa::Avx512,
+            4 => Isa::Amx,
             _ => {
                 let isa = Self::detect();
                 ACTIVE.store(isa as u8, Ordering::Relaxed);
@@ -78,27 +84,28 @@ pub(crate) const PORTABLE_FMA: bool = cfg!(any(target_feature = "fma", target_ar
 /// Defines a function compiled for each [`Isa`] and dispatched at run time.
 ///
 /// `simd_fn! { pub(crate) fn name(args) -> Ret = body; }` needs `body::<const FMA: bool>` with the same arguments,
-/// marked `#[inline(always)]`.
+/// marked `#[inline(always)]`; `fn name<E: Element>(args)` needs `body::<E: Element, const FMA: bool>`.
 macro_rules! simd_fn {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident;) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident$(<$($g:ident: $bound:path),+>)?($($arg:ident: $ty:ty),* $(,)?)
+        $(-> $ret:ty)? = $body:ident;) => {
         $(#[$meta])*
         #[inline]
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name$(<$($g: $bound),+>)?($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { $body::<true>($($arg),*) }
+                fn avx512$(<$($g: $bound),+>)?($($arg: $ty),*) $(-> $ret)? { $body::<$($($g,)+)? true>($($arg),*) }
                 #[target_feature(enable = "avx2,fma,bmi2")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { $body::<true>($($arg),*) }
+                fn avx2$(<$($g: $bound),+>)?($($arg: $ty),*) $(-> $ret)? { $body::<$($($g,)+)? true>($($arg),*) }
                 match $crate::simd::Isa::active() {
                     // SAFETY: `Isa::active` never returns a set that `Isa::detect` did not find.
-                    $crate::simd::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::simd::Isa::Amx | $crate::simd::Isa::Avx512 => return unsafe { avx512$(::<$($g),+>)?($($arg),*) },
                     // SAFETY: as above.
-                    $crate::simd::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::simd::Isa::Avx2 => return unsafe { avx2$(::<$($g),+>)?($($arg),*) },
                     $crate::simd::Isa::Portable => {}
                 }
             }
-            $body::<{ $crate::simd::PORTABLE_FMA }>($($arg),*)
+            $body::<$($($g,)+)? { $crate::simd::PORTABLE_FMA }>($($arg),*)
         }
     };
 }

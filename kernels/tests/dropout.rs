@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::{assert_close, bits, flat, rows, tensor, with_threads, zeros};
+use common::{assert_close, bits, flat, random, rows, tensor, with_threads, zeros};
 use tandem_kernels::dropout::{dropout, dropout_columns};
 use tandem_kernels::rng::{Philox, Purpose};
+use tandem_kernels::slice::{to_bf16, to_f32};
 
 #[test]
 fn dropout_is_a_pure_function_of_the_address() {
@@ -57,4 +58,34 @@ fn dropout_keeps_the_mean() {
     assert_eq!(bits(&dropout(&x, 0.0, &philox, 0, &addresses).unwrap()), bits(&x));
     assert!(dropout(&x, 1.0, &philox, 0, &addresses).is_err());
     assert!(dropout(&zeros(&[3, 4]), 0.1, &philox, 0, &addresses).is_err());
+}
+
+#[test]
+fn bf16_has_the_masks_of_f32_and_one_rounding() {
+    let philox = Philox::new(1, Purpose::Dropout, 5);
+    let x = to_bf16(&random(&[40, 103], 9)).unwrap();
+    let addresses: Vec<(u64, u32)> = (0..40).map(|t| (t / 7, (t % 7) as u32)).collect();
+    for first in [0, 3] {
+        let y = dropout_columns(&x, first, 0.3, &philox, 2, &addresses).unwrap();
+        let exact = dropout_columns(&to_f32(&x).unwrap(), first, 0.3, &philox, 2, &addresses).unwrap();
+        assert_eq!(bits(&to_f32(&y).unwrap()), bits(&to_f32(&to_bf16(&exact).unwrap()).unwrap()));
+    }
+    let whole = dropout(&x, 0.0, &philox, 2, &addresses).unwrap();
+    assert_eq!(bits(&to_f32(&whole).unwrap()), bits(&to_f32(&x).unwrap()));
+}
+
+#[test]
+fn columns_take_four_to_a_draw() {
+    let philox = Philox::new(5, Purpose::Dropout, 3);
+    let (site, p) = (6u16, 0.4f32);
+    let threshold = (f64::from(p) * 2f64.powi(32)) as u32;
+    for (first, width) in [(0, 64), (0, 203), (3, 130), (5, 64), (62, 3)] {
+        let ones = tensor(&vec![1.0; width], &[1, width]);
+        let y = flat(&dropout_columns(&ones, first, p, &philox, site, &[(9, 17)]).unwrap());
+        for (i, y) in y.iter().enumerate() {
+            let column = (first + i) as u32;
+            let bits = philox.block(9, 17, (u32::from(site) << 16) + column / 4)[column as usize % 4];
+            assert_eq!(*y == 0.0, bits < threshold, "column {i} from {first}");
+        }
+    }
 }

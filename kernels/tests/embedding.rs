@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use common::{bits, flat, random, rows, with_threads, zeros};
 use tandem_kernels::Error;
 use tandem_kernels::embedding::{add_rows, embedding, embedding_backward, embedding_shard, embedding_shard_backward};
+use tandem_kernels::slice::{to_bf16, to_f32};
 
 #[test]
 fn gathers_rows() {
@@ -111,4 +112,24 @@ fn ids_out_of_range_are_errors() {
     assert!(matches!(embedding_backward(&dy, &[12], &table), Err(Error::Index { index: 12, .. })));
     assert!(matches!(add_rows(&dy, &table, &[99]), Err(Error::Index { index: 99, .. })));
     assert!(embedding_backward(&dy, &[1, 2], &table).is_err());
+}
+
+#[test]
+fn bf16_tables_give_f32_rows() {
+    for width in [1, 9, 130] {
+        let (table, ids) = (to_bf16(&random(&[50, width], 1)).unwrap(), repeated_ids(300));
+        let exact = to_f32(&table).unwrap();
+        let rows = embedding(&table, &ids).unwrap();
+        assert_eq!(bits(&rows), bits(&embedding(&exact, &ids).unwrap()));
+        let shard = |t: &Tensor| embedding_shard(&t.narrow(0, 16, 20).unwrap(), 16, &ids).unwrap();
+        assert_eq!(bits(&shard(&table)), bits(&shard(&exact)));
+        let sums = [&table, &exact].map(|table| {
+            let sum = random(&[300, width], 2);
+            add_rows(&sum, table, &ids).unwrap();
+            bits(&sum)
+        });
+        assert_eq!(sums[0], sums[1]);
+        assert!(add_rows(&to_bf16(&rows).unwrap(), &table, &ids).is_err(), "the residual stream is f32");
+        assert!(embedding_backward(&to_bf16(&rows).unwrap(), &ids, &exact).is_err(), "gradients are f32");
+    }
 }

@@ -1,7 +1,9 @@
 //! The matrix products against an f64 twin, and their three promises: batch, thread and tiling invariance, bit for bit.
 
 use candle_core::{Device, Tensor};
-use tandem_kernels::gemm::{bias_grad, linear, linear_input_grad, linear_weight_grad};
+use tandem_kernels::gemm::{
+    PackedMatrix, bias_grad, linear, linear_input_grad, linear_packed, linear_packed_f32, linear_weight_grad,
+};
 
 fn values(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -145,4 +147,23 @@ fn shapes_that_do_not_fit_are_refused_by_name() {
     assert!(error.contains("linear") && error.contains("[3]") && error.contains("[4]"), "{error}");
     let half = tensor(&values(6, 1), (2, 3)).to_dtype(candle_core::DType::F16).unwrap();
     assert!(linear(&half, &tensor(&values(6, 2), (2, 3)), None).unwrap_err().to_string().contains("F16"));
+}
+
+#[test]
+fn a_packed_weight_gives_the_same_bits() {
+    for (t, n, k) in [(37, 65, 300), (500, 96, 576), (16, 1537, 257), (1, 31, 1), (2, 3, 0)] {
+        let (x, w) = (tensor(&values(t * k, 1), (t, k)), tensor(&values(n * k, 2), (n, k)));
+        let bias = Tensor::from_vec(values(n, 3), n, &Device::Cpu).unwrap();
+        let packed = PackedMatrix::new(&w).unwrap();
+        assert_eq!(packed.dims(), [n, k]);
+        assert!(packed.size_bytes() >= 4 * n * k && packed.size_bytes() <= 4 * (n + 31) * k);
+        let bits = |t: &Tensor| flat(t).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        for bias in [None, Some(&bias)] {
+            let want = bits(&linear(&x, &w, bias).unwrap());
+            assert!(bits(&linear_packed(&x, &packed, bias).unwrap()) == want, "{t}×{k} by {n}");
+            assert!(bits(&linear_packed_f32(&x, &packed, bias).unwrap()) == want, "{t}×{k} by {n}");
+        }
+        let (short, narrow) = (bias.narrow(0, 1, n - 1).unwrap(), tensor(&values(t * (k + 1), 4), (t, k + 1)));
+        assert!(linear_packed(&x, &packed, Some(&short)).is_err() && linear_packed(&narrow, &packed, None).is_err());
+    }
 }

@@ -2,10 +2,13 @@
 
 mod common;
 
+use candle_core::Tensor;
+
 use common::{assert_close, bits, flat, gradient, random, rows, tensor, values, wide, with_threads};
 use tandem_kernels::mlp::Activation::{GeluErf, GeluTanh, Relu, Silu};
 use tandem_kernels::mlp::{Activation, activation, activation_backward, gated, gated_backward};
 use tandem_kernels::reference::mlp::activation as twin;
+use tandem_kernels::slice::{to_bf16, to_f32};
 
 const ALL: [Activation; 4] = [Silu, GeluTanh, GeluErf, Relu];
 
@@ -76,4 +79,57 @@ fn misfits_are_errors() {
     assert!(gated(&random(&[2, 5], 1), Silu).is_err());
     assert!(gated_backward(&random(&[2, 3], 1), &random(&[2, 4], 1), Silu).is_err());
     assert!(activation_backward(&random(&[2, 3], 1), &random(&[2, 4], 1), Silu).is_err());
+}
+
+#[test]
+fn bf16_is_within_one_rounding_of_the_twin() {
+    for act in ALL {
+        let x = to_bf16(&tensor(&inputs(63 * 34, 3), &[63, 34])).unwrap();
+        let x32 = flat(&to_f32(&x).unwrap());
+        for (x, y) in x32.iter().zip(flat(&to_f32(&activation(&x, act).unwrap()).unwrap())) {
+            // The bound of f32 and one rounding, of at most 2^-8 of the result.
+            let want = twin(*x as f64, act);
+            assert!((y as f64 - want).abs() <= 3e-6 + (want.abs() + 3e-6) / 256.0, "{act:?} {x}: {y} {want}");
+        }
+        for (row, y) in x32.chunks(34).zip(rows(&to_f32(&gated(&x, act).unwrap()).unwrap())) {
+            for i in 0..17 {
+                let want = twin(row[i] as f64, act) * row[17 + i] as f64;
+                let bound = 4e-5 + (want.abs() + 4e-5) / 256.0;
+                assert!((y[i] as f64 - want).abs() <= bound, "{act:?}: {} {want}", y[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_is_f32_rounded_once() {
+    for act in ALL {
+        for (tokens, width) in [(1, 1), (3, 17), (300, 77)] {
+            let x = to_bf16(&tensor(&inputs(tokens * 2 * width, 5), &[tokens, 2 * width])).unwrap();
+            let (dy, dy2) = (random(&[tokens, width], 6), random(&[tokens, 2 * width], 7));
+            let [dy, dy2] = [dy, dy2].map(|dy| to_bf16(&dy).unwrap());
+            let [x32, dy32, dy2_32] = [&x, &dy, &dy2].map(|t| to_f32(t).unwrap());
+            let run = |x: &Tensor, dy: &Tensor, dy2: &Tensor| {
+                [
+                    gated(x, act).unwrap(),
+                    gated_backward(dy, x, act).unwrap(),
+                    activation(x, act).unwrap(),
+                    activation_backward(dy2, x, act).unwrap(),
+                ]
+            };
+            let want = run(&x32, &dy32, &dy2_32).map(|t| bits(&to_f32(&to_bf16(&t).unwrap()).unwrap()));
+            assert_eq!(run(&x, &dy, &dy2).map(|t| bits(&to_f32(&t).unwrap())), want, "{act:?}");
+            let last = |t: &Tensor| t.narrow(0, tokens - 1, 1).unwrap().copy().unwrap();
+            let alone = run(&last(&x), &last(&dy), &last(&dy2)).map(|t| bits(&to_f32(&t).unwrap()));
+            assert_eq!(alone, run(&x, &dy, &dy2).map(|t| bits(&to_f32(&last(&t)).unwrap())));
+        }
+    }
+}
+
+#[test]
+fn types_are_not_mixed() {
+    let (x, dy) = (random(&[2, 4], 1), to_bf16(&random(&[2, 2], 2)).unwrap());
+    assert!(gated_backward(&dy, &x, Silu).unwrap_err().to_string().contains("dtype of dy must be F32, got BF16"));
+    assert!(activation_backward(&x, &to_bf16(&x).unwrap(), Silu).is_err());
+    assert!(gated(&x.to_dtype(candle_core::DType::F64).unwrap(), Silu).is_err());
 }

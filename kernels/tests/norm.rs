@@ -2,9 +2,13 @@
 
 mod common;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use common::{assert_close, assert_within, bits, flat, gradient, random, rows, values, wide, with_threads, zeros};
-use tandem_kernels::norm::{NormStats, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+use tandem_kernels::norm::{
+    NormStats, add_layer_norm, add_rms_norm, layer_norm, layer_norm_backward, layer_norm_backward_add, rms_norm,
+    rms_norm_backward, rms_norm_backward_add,
+};
+use tandem_kernels::slice::{to_bf16, to_f32};
 use tandem_kernels::{Error, reference};
 
 const EPS: f64 = 1e-5;
@@ -141,4 +145,124 @@ fn misfits_are_errors() {
     let other = NormStats { mean: Some(zeros(&[2])), ..stats.clone() };
     assert!(rms_norm_backward(&x, &x, &w, &other, &zeros(&[8])).is_err());
     assert!(rms_norm_backward(&x, &random(&[3, 8], 1), &w, &stats, &zeros(&[8])).is_err());
+}
+
+/// The bits of a tensor of either type, as those of its f32 values.
+fn wide_bits(t: &Tensor) -> Vec<u32> {
+    bits(&to_f32(t).unwrap())
+}
+
+fn narrow(t: &Tensor) -> Tensor {
+    to_bf16(t).unwrap()
+}
+
+/// `x`, `dy`, `w`, `b` of 70 rows, exact in bf16 but in f32.
+fn rounded(width: usize) -> [Tensor; 4] {
+    let shapes: [&[usize]; 4] = [&[70, width], &[70, width], &[width], &[width]];
+    [5, 6, 7, 8].map(|seed| to_f32(&narrow(&random(shapes[seed as usize - 5], seed))).unwrap())
+}
+
+#[test]
+fn bf16_matches_twins_on_rounded_inputs() {
+    for layer in [false, true] {
+        for width in [1, 3, 17, 576] {
+            let [x, dy, w, b] = rounded(width);
+            let [y, ..] = run(layer, &narrow(&x), &narrow(&dy), &narrow(&w), &narrow(&b));
+            assert_eq!(y.dtype(), DType::BF16);
+            let (w, b) = (wide(&flat(&w)), wide(&flat(&b)));
+            for (t, (x, y)) in rows(&x).iter().zip(rows(&to_f32(&y).unwrap())).enumerate() {
+                let want = twin(layer, &wide(x), &w, &b);
+                let largest = want.iter().fold(1.0, |m: f64, v| m.max(v.abs()));
+                for (y, want) in y.iter().zip(&want) {
+                    // The bound of f32 and one rounding, of at most 2^-8 of the result.
+                    let bound = 1e-6 * largest + (want.abs() + 1e-6 * largest) / 256.0;
+                    assert!((*y as f64 - want).abs() <= bound, "layer={layer} d={width} t={t}: {y} {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_is_f32_rounded_once() {
+    for layer in [false, true] {
+        for width in [1, 3, 17, 100, 576] {
+            let [x, dy, w, b] = rounded(width);
+            let [y, dx, dw, db] = run(layer, &x, &dy, &w, &b);
+            let parameters = (narrow(&w), narrow(&b));
+            for (half_x, half_dy) in [(false, false), (false, true), (true, false), (true, true)] {
+                let x = if half_x { narrow(&x) } else { x.clone() };
+                let dy = if half_dy { narrow(&dy) } else { dy.clone() };
+                let [got_y, got_dx, got_dw, got_db] = run(layer, &x, &dy, &parameters.0, &parameters.1);
+                assert_eq!(wide_bits(&got_y), wide_bits(&narrow(&y)));
+                assert_eq!(got_dx.dtype(), x.dtype());
+                let want_dx = if half_x { narrow(&dx) } else { dx.clone() };
+                assert_eq!(wide_bits(&got_dx), wide_bits(&want_dx));
+                assert_eq!((bits(&got_dw), bits(&got_db)), (bits(&dw), bits(&db)));
+            }
+        }
+    }
+}
+
+/// Forward with the addition before it, backward with the addition after it: `h`, `y`, `dx`, `dw`, `db`.
+fn run_fused(layer: bool, inputs: &[Tensor; 6]) -> [Tensor; 5] {
+    let [x, out, dy, residual, w, b] = inputs;
+    let (dw, db) = (zeros(w.dims()), zeros(w.dims()));
+    let (h, y, dx) = if layer {
+        let (h, y, stats) = add_layer_norm(x, out, w, b, EPS).unwrap();
+        let dx = layer_norm_backward_add(dy, &h, w, &stats, residual, &dw, &db).unwrap();
+        (h, y, dx)
+    } else {
+        let (h, y, stats) = add_rms_norm(x, out, w, EPS).unwrap();
+        let dx = rms_norm_backward_add(dy, &h, w, &stats, residual, &dw).unwrap();
+        (h, y, dx)
+    };
+    [h, y, dx, dw, db]
+}
+
+#[test]
+fn fused_forms_have_the_bits_of_separate_ones() {
+    for layer in [false, true] {
+        for width in [1, 17, 576] {
+            let [x, residual] = [1, 2].map(|seed| random(&[130, width], seed));
+            let [out, dy] = [3, 4].map(|seed| random(&[130, width], seed));
+            let [w, b] = [5, 6].map(|seed| random(&[width], seed));
+            for (half_out, half_w) in [(false, false), (true, false), (false, true), (true, true)] {
+                let out = if half_out { narrow(&out) } else { out.clone() };
+                let [w, b] = [&w, &b].map(|p| if half_w { narrow(p) } else { p.clone() });
+                let dy = if half_out && half_w { narrow(&dy) } else { dy.clone() };
+                let h = (&x + to_f32(&out).unwrap()).unwrap();
+                let [y, dx, dw, db] = run(layer, &h, &dy, &w, &b);
+                let want = [h, y, (&residual + dx).unwrap(), dw, db];
+                let inputs = [x.clone(), out, dy, residual.clone(), w, b];
+                for threads in [1, 3] {
+                    let got = with_threads(threads, || run_fused(layer, &inputs));
+                    for (got, want) in got.iter().zip(&want) {
+                        assert_eq!(got.dtype(), want.dtype());
+                        assert_eq!(wide_bits(got), wide_bits(want), "layer={layer} d={width}");
+                    }
+                }
+                let row =
+                    |t: &Tensor| if t.rank() == 2 { t.narrow(0, 67, 1).unwrap().copy().unwrap() } else { t.clone() };
+                let alone = run_fused(layer, &inputs.each_ref().map(row));
+                for (alone, want) in alone.iter().zip(&want).take(3) {
+                    assert_eq!(wide_bits(alone), wide_bits(&row(want)));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn mixtures_of_types_without_a_meaning_are_errors() {
+    let (x, w) = (random(&[2, 8], 1), random(&[8], 2));
+    let (x16, w16) = (narrow(&x), narrow(&w));
+    let message = |error: Error| error.to_string();
+    assert!(message(rms_norm(&x16, &w, EPS).unwrap_err()).contains("dtype of w must be BF16, got F32"));
+    assert!(message(layer_norm(&x, &w16, &w, EPS).unwrap_err()).contains("dtype of b must be BF16"));
+    assert!(message(add_rms_norm(&x16, &x16, &w16, EPS).unwrap_err()).contains("dtype of x must be F32"));
+    let (_, stats) = rms_norm(&x, &w, EPS).unwrap();
+    assert!(message(rms_norm_backward(&x16, &x, &w, &stats, &w).unwrap_err()).contains("dtype of dy must be F32"));
+    assert!(rms_norm_backward(&x, &x16, &w, &stats, &w).is_err());
+    assert!(rms_norm_backward(&x, &x, &w16, &stats, &w16).is_err(), "gradients of parameters are f32");
 }

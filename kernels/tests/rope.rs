@@ -4,6 +4,7 @@ mod common;
 
 use common::{assert_close, bits, flat, random, rows, wide, with_threads};
 use tandem_kernels::rope::{RopeScaling, RopeTable, rope, rope_qkv};
+use tandem_kernels::slice::{to_bf16, to_f32};
 use tandem_kernels::{Error, reference};
 
 const THETA: f64 = 10_000.0;
@@ -103,4 +104,34 @@ fn misfits_are_errors() {
     assert!(rope(&x, &table, &[0], false).is_err());
     assert!(rope(&random(&[2, 1, 4], 1), &table, &[0, 1], false).is_err());
     assert!(rope_qkv(&random(&[2, 25], 1), 1, 1, &table, &[0, 1], false).is_err());
+}
+
+#[test]
+fn bf16_is_f32_rounded_once_and_near_the_twin() {
+    for (heads, kv_heads, head_dim, rotary_dim) in [(3, 1, 20, 20), (2, 2, 64, 64), (4, 2, 64, 16)] {
+        let all = heads + 2 * kv_heads;
+        let positions: Vec<u32> = (0..70).map(|t| t * 7 % 100).collect();
+        let table = RopeTable::new(rotary_dim, 100, THETA, None).unwrap();
+        for inverse in [false, true] {
+            let x = to_bf16(&random(&[70, all * head_dim], 3)).unwrap();
+            let before = to_f32(&x).unwrap();
+            let (exact, alone) = (before.copy().unwrap(), x.narrow(0, 33, 1).unwrap().copy().unwrap());
+            rope_qkv(&x, heads, kv_heads, &table, &positions, inverse).unwrap();
+            rope_qkv(&exact, heads, kv_heads, &table, &positions, inverse).unwrap();
+            rope_qkv(&alone, heads, kv_heads, &table, &positions[33..34], inverse).unwrap();
+            let after = to_f32(&x).unwrap();
+            assert_eq!(bits(&after), bits(&to_f32(&to_bf16(&exact).unwrap()).unwrap()));
+            assert_eq!(bits(&to_f32(&alone).unwrap()), bits(&after.narrow(0, 33, 1).unwrap()));
+            let heads_of = |t: &candle_core::Tensor| rows(&t.reshape((70 * all, head_dim)).unwrap());
+            for (i, (before, after)) in heads_of(&before).iter().zip(heads_of(&after)).enumerate() {
+                let angle = if i % all < heads + kv_heads { positions[i / all] as f64 } else { 0.0 };
+                let angle = if inverse { -angle } else { angle };
+                let want = reference::rope::rope(&wide(before), rotary_dim, THETA, angle);
+                for (after, want) in after.iter().zip(want) {
+                    // The bound of f32 and one rounding, of at most 2^-8 of the result.
+                    assert!((*after as f64 - want).abs() <= 1e-6 + (want.abs() + 1e-6) / 256.0, "{after} {want}");
+                }
+            }
+        }
+    }
 }

@@ -8,8 +8,12 @@ use std::thread;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
-use common::{flat, random, tensor};
-use tandem_kernels::slice::{SharedTensor, with_slice, with_slice_mut};
+use common::{bits, flat, random, tensor, values, with_threads};
+use half::bf16;
+use tandem_kernels::slice::{
+    SharedTensor, narrow_slice, to_bf16, to_f32, widen_slice, with_slice, with_slice_mut, with_slice_mut_of,
+    with_slice_of,
+};
 
 #[test]
 fn slices_are_the_elements_of_the_view() {
@@ -84,4 +88,46 @@ fn a_writer_waits_for_the_last_reader() {
     reader.join().unwrap();
     writer.join().unwrap();
     assert_eq!(flat(&source), [1.0, 9.0]);
+}
+
+#[test]
+fn conversions_round_to_nearest_and_back_exactly() {
+    let mut exact = values(40_001, 1);
+    exact[..6].copy_from_slice(&[f32::NAN, f32::INFINITY, -0.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MAX]);
+    let want: Vec<bf16> = exact.iter().map(|&value| bf16::from_f32(value)).collect();
+    for threads in [1, 3] {
+        let mut narrowed = vec![bf16::ZERO; exact.len()];
+        let mut widened = vec![0.0; exact.len()];
+        with_threads(threads, || narrow_slice(&exact, &mut narrowed)).unwrap();
+        with_threads(threads, || widen_slice(&narrowed, &mut widened)).unwrap();
+        assert!(narrowed[0].is_nan() && widened[0].is_nan());
+        assert_eq!(narrowed[1..], want[1..]);
+        assert!(widened[1..].iter().zip(&want[1..]).all(|(got, want)| got.to_bits() == want.to_f32().to_bits()));
+    }
+    assert!(narrow_slice(&exact, &mut [bf16::ZERO]).unwrap_err().to_string().contains("must be [40001], got [1]"));
+    assert!(widen_slice(&want, &mut [0.0]).is_err());
+
+    let whole = random(&[300, 130], 2);
+    let half = to_bf16(&whole).unwrap();
+    assert_eq!((half.dtype(), half.dims()), (DType::BF16, whole.dims()));
+    assert_eq!(
+        bits(&to_f32(&half).unwrap()),
+        bits(&whole.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap())
+    );
+    let part = half.narrow(0, 7, 2).unwrap();
+    assert_eq!(bits(&to_f32(&part).unwrap()), bits(&to_f32(&half).unwrap().narrow(0, 7, 2).unwrap()));
+    assert_eq!(bits(&to_f32(&whole).unwrap()), bits(&whole));
+    assert!(to_bf16(&whole.narrow(1, 0, 3).unwrap()).is_err() && to_f32(&whole.to_dtype(DType::F64).unwrap()).is_err());
+}
+
+#[test]
+fn slices_of_bf16() {
+    let t = to_bf16(&tensor(&[1.0, 2.0, 3.0], &[3])).unwrap();
+    with_slice_mut_of::<bf16, _>(&t, |values| values[1] = bf16::from_f32(20.0)).unwrap();
+    let want = [1.0, 20.0, 3.0].map(bf16::from_f32);
+    assert_eq!(with_slice_of::<bf16, _>(&t, <[bf16]>::to_vec).unwrap(), want);
+    let shared = SharedTensor::<bf16>::of(&t).unwrap();
+    assert_eq!(thread::spawn(move || shared.as_ref().to_vec()).join().unwrap(), want);
+    assert!(with_slice(&t, |_| ()).is_err() && with_slice_of::<f32, _>(&t, |_| ()).is_err());
+    assert!(SharedTensor::new(&t).is_err());
 }

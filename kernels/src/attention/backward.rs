@@ -12,6 +12,7 @@ use super::blocks::{Block, Pack, copy_head, pack, padded, rows_len, transposed_l
 use super::forward::{block_range, union, whole_vectors};
 use super::tile::{Right, TILE_ROWS, product, product_transposed};
 use super::{AttentionSpec, BLOCK_KEYS};
+use crate::element::Element;
 use crate::math::{LANES, dot, exp};
 use crate::simd::{fma, simd_fn};
 
@@ -30,13 +31,13 @@ struct Packed {
 
 /// What the backward is given.
 #[derive(Clone, Copy)]
-pub(super) struct Inputs<'a> {
+pub(super) struct Inputs<'a, E> {
     /// Gradient of the output, `[T, H D]`.
-    pub(super) d_o: &'a [f32],
+    pub(super) d_o: &'a [E],
     /// Fused projection, `[T, (H + 2K) D]`.
-    pub(super) qkv: &'a [f32],
+    pub(super) qkv: &'a [E],
     /// Output of the forward, `[T, H D]`.
-    pub(super) o: &'a [f32],
+    pub(super) o: &'a [E],
     /// Logarithms of the sums of exponentials, `[T, H]`.
     pub(super) lse: &'a [f32],
 }
@@ -76,7 +77,7 @@ struct Gradients<'a> {
 }
 
 /// Writes the gradient of `qkv` to `dqkv [T, (H + 2K) D]`.
-pub(super) fn backward(inputs: Inputs, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [f32]) {
+pub(super) fn backward<E: Element>(inputs: Inputs<E>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [E]) {
     let (width, head_dim, heads, kv_heads) = (spec.qkv_width(), spec.head_dim, spec.heads, spec.kv_heads);
     let (key_column, value_column) = (heads * head_dim, (heads + kv_heads) * head_dim);
     let packed = Packed {
@@ -109,17 +110,18 @@ simd_fn! {
 }
 
 /// Gradients of query head `head` of one sequence.
-fn head_gradients(
+fn head_gradients<E: Element>(
     sequence: &[Block],
     head: usize,
-    inputs: Inputs,
+    inputs: Inputs<E>,
     packed: &Packed,
     spec: &AttentionSpec,
     gradients: &mut Gradients,
 ) {
     let (size, transposed) = (rows_len(spec), transposed_len(spec));
-    let (width, column) = (spec.output_width(), head * spec.head_dim);
+    let (width, column, stride) = (spec.output_width(), head * spec.head_dim, padded(spec.head_dim));
     let (mut q, mut d_o) = (vec![0.0; sequence.len() * size], vec![0.0; sequence.len() * size]);
+    let mut o = vec![0.0; size];
     let mut lse = vec![0.0; sequence.len() * BLOCK_KEYS];
     let mut delta = vec![0.0; sequence.len() * BLOCK_KEYS];
     for (n, block) in sequence.iter().enumerate() {
@@ -128,10 +130,11 @@ fn head_gradients(
         copy_head(source, spec.qkv_width(), column, spec.head_dim, 0, &mut q[n * size..][..size]);
         let source = &inputs.d_o[tokens.start * width..tokens.end * width];
         copy_head(source, width, column, spec.head_dim, 0, &mut d_o[n * size..][..size]);
+        copy_head(&inputs.o[tokens.start * width..tokens.end * width], width, column, spec.head_dim, 0, &mut o);
         for (row, token) in tokens.enumerate() {
-            let columns = token * width + column..token * width + column + spec.head_dim;
+            let columns = row * stride..row * stride + spec.head_dim;
             lse[n * BLOCK_KEYS + row] = inputs.lse[token * spec.heads + head];
-            delta[n * BLOCK_KEYS + row] = row_dot(&inputs.d_o[columns.clone()], &inputs.o[columns]);
+            delta[n * BLOCK_KEYS + row] = row_dot(&d_o[n * size..][columns.clone()], &o[columns]);
         }
     }
     let (mut probabilities, mut d_scores) = ([[0.0; BLOCK_KEYS]; BLOCK_KEYS], [[0.0; BLOCK_KEYS]; BLOCK_KEYS]);
@@ -281,7 +284,7 @@ fn score_gradients_body<const FMA: bool>(
 }
 
 /// Copies the gradients of all heads to their columns of `dqkv`, summing key-value heads over their group in order.
-fn join_heads(scratch: &[f32], blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [f32]) {
+fn join_heads<E: Element>(scratch: &[f32], blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [E]) {
     let (heads, head_dim, width, stride) = (spec.heads, spec.head_dim, spec.qkv_width(), padded(spec.head_dim));
     let size = rows_len(spec);
     let mut tasks = Vec::with_capacity(blocks.len());
@@ -299,20 +302,22 @@ fn join_heads(scratch: &[f32], blocks: &[Block], spec: &AttentionSpec, dqkv: &mu
             let start = (block.first * heads + head * count) * 3 * size + (part * count + n) * size + row * stride;
             &scratch[start..start + head_dim]
         };
+        let mut total = vec![0.0; head_dim];
         for (row, out) in rows.chunks_exact_mut(width).enumerate() {
             let (q, kv) = out.split_at_mut(heads * head_dim);
             for (head, q) in q.chunks_exact_mut(head_dim).enumerate() {
-                q.copy_from_slice(gradient(head, 0, row));
+                q.iter_mut().zip(gradient(head, 0, row)).for_each(|(q, value)| *q = E::narrow(*value));
             }
             for (i, out) in kv.chunks_exact_mut(head_dim).enumerate() {
                 let (part, kv_head) = (1 + i / spec.kv_heads, i % spec.kv_heads);
                 let first = kv_head * spec.group();
-                out.copy_from_slice(gradient(first, part, row));
+                total.copy_from_slice(gradient(first, part, row));
                 for head in first + 1..first + spec.group() {
-                    for (out, value) in out.iter_mut().zip(gradient(head, part, row)) {
-                        *out += value;
+                    for (total, value) in total.iter_mut().zip(gradient(head, part, row)) {
+                        *total += value;
                     }
                 }
+                out.iter_mut().zip(&total).for_each(|(out, value)| *out = E::narrow(*value));
             }
         }
     });

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::{AttentionSpec, BLOCK_KEYS};
+use crate::element::Element;
 use crate::math::LANES;
 
 /// Up to 64 consecutive tokens of one sequence, counted from its start.
@@ -58,18 +59,18 @@ pub(super) fn rows_len(spec: &AttentionSpec) -> usize {
 
 /// Writes the head of `head_dim` columns at `column` of each of `source`'s rows (of `width`) to `block [D, 64]`,
 /// transposed, from key `offset` on.
-pub(super) fn transpose_head(source: &[f32], width: usize, column: usize, offset: usize, block: &mut [f32]) {
+pub(super) fn transpose_head<E: Element>(source: &[E], width: usize, column: usize, offset: usize, block: &mut [f32]) {
     let head_dim = block.len() / BLOCK_KEYS;
     for (row, source) in source.chunks_exact(width).enumerate() {
         for (d, value) in source[column..column + head_dim].iter().enumerate() {
-            block[d * BLOCK_KEYS + offset + row] = *value;
+            block[d * BLOCK_KEYS + offset + row] = value.wide();
         }
     }
 }
 
 /// As [`transpose_head`], but to `block [64, D padded]` by rows.
-pub(super) fn copy_head(
-    source: &[f32],
+pub(super) fn copy_head<E: Element>(
+    source: &[E],
     width: usize,
     column: usize,
     head_dim: usize,
@@ -79,7 +80,9 @@ pub(super) fn copy_head(
     let stride = padded(head_dim);
     let block = block[offset * stride..].chunks_exact_mut(stride);
     for (block, source) in block.zip(source.chunks_exact(width)) {
-        block[..head_dim].copy_from_slice(&source[column..column + head_dim]);
+        for (value, source) in block.iter_mut().zip(&source[column..column + head_dim]) {
+            *value = source.wide();
+        }
     }
 }
 
@@ -95,8 +98,8 @@ pub(super) enum Pack {
 /// Packs `heads` heads of `source [T, width]`, the first of them at `column`: `[blocks, heads, block of a head]`.
 ///
 /// Tokens beyond the end of a sequence and columns beyond the head are zero.
-pub(super) fn pack(
-    source: &[f32],
+pub(super) fn pack<E: Element>(
+    source: &[E],
     width: usize,
     column: usize,
     heads: usize,

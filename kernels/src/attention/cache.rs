@@ -1,23 +1,24 @@
 //! Keys and values of the sequences being generated, laid out as the forward's packed blocks.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use super::blocks::{copy_head, padded, transpose_head};
+use super::layout::Stored;
 use super::{AttentionSpec, BLOCK_KEYS};
+use crate::element::with_element;
 use crate::error::check_dims;
-use crate::view::{View, view, view_mut};
+use crate::view::{View, view_mut_of, view_of};
 use crate::{Error, Result};
 
 /// Keys and values of one layer: `slots` sequences of up to `max_len` tokens each.
 ///
-/// Keys are stored rotated, and transposed per block of 64, so that [`super::decode_attention`] reads what the training
+/// Keys are stored rotated, and laid out per block of 64, so that [`super::decode_attention`] reads what the training
 /// forward packs. Clones share the storage.
 #[derive(Clone, Debug)]
 pub struct KvCacheLayer {
-    /// `[slots, blocks, K, D, 64]`.
+    /// `[slots, blocks, K, elements of a head]`, see [`Stored`].
     keys: Tensor,
-    /// `[slots, blocks, K, 64, D padded to 16]`.
+    /// As `keys`.
     values: Tensor,
     head_dim: usize,
 }
@@ -33,21 +34,35 @@ struct Run {
     rows: usize,
 }
 
+/// Elements of the keys and of the values of one block of one head.
+fn head_lens(head_dim: usize, dtype: DType) -> Result<(usize, usize)> {
+    with_element!("kv cache", dtype, E => Ok(E::head_lens(head_dim)))
+}
+
 impl KvCacheLayer {
-    /// An empty cache for `slots` sequences of up to `max_len` tokens (rounded up to a multiple of 64).
+    /// An empty cache of f32 or bf16 for `slots` sequences of up to `max_len` tokens (rounded up to a multiple of 64).
     ///
     /// # Errors
-    /// If the memory cannot be had or a size is zero.
-    pub fn new(slots: usize, max_len: usize, kv_heads: usize, head_dim: usize) -> Result<Self> {
+    /// If the memory cannot be had, a size is zero or the dtype is another.
+    pub fn new(slots: usize, max_len: usize, kv_heads: usize, head_dim: usize, dtype: DType) -> Result<Self> {
         if slots == 0 || max_len == 0 || kv_heads == 0 || head_dim == 0 {
             let got = (slots, max_len, kv_heads, head_dim);
             return Err(Error::shape("kv cache", "(slots, max_len, K, D)", "all positive", got));
         }
         let blocks = max_len.div_ceil(BLOCK_KEYS);
-        let dtype = candle_core::DType::F32;
-        let keys = Tensor::zeros((slots, blocks, kv_heads, head_dim, BLOCK_KEYS), dtype, &Device::Cpu)?;
-        let values = Tensor::zeros((slots, blocks, kv_heads, BLOCK_KEYS, padded(head_dim)), dtype, &Device::Cpu)?;
+        let (keys_len, values_len) = head_lens(head_dim, dtype)?;
+        let keys = Tensor::zeros((slots, blocks, kv_heads, keys_len), dtype, &Device::Cpu)?;
+        let values = Tensor::zeros((slots, blocks, kv_heads, values_len), dtype, &Device::Cpu)?;
         Ok(Self { keys, values, head_dim })
+    }
+
+    /// Bytes that a cache of these sizes takes.
+    ///
+    /// # Errors
+    /// If `dtype` is neither f32 nor bf16.
+    pub fn bytes_for(slots: usize, max_len: usize, kv_heads: usize, head_dim: usize, dtype: DType) -> Result<usize> {
+        let (keys_len, values_len) = head_lens(head_dim, dtype)?;
+        Ok(slots * max_len.div_ceil(BLOCK_KEYS) * kv_heads * (keys_len + values_len) * dtype.size_in_bytes())
     }
 
     /// Sequences that fit.
@@ -70,9 +85,14 @@ impl KvCacheLayer {
         self.head_dim
     }
 
+    /// Type of what is stored: f32 or bf16.
+    pub fn dtype(&self) -> DType {
+        self.keys.dtype()
+    }
+
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
-        (self.keys.elem_count() + self.values.elem_count()) * size_of::<f32>()
+        (self.keys.elem_count() + self.values.elem_count()) * self.dtype().size_in_bytes()
     }
 
     fn blocks(&self) -> usize {
@@ -81,7 +101,7 @@ impl KvCacheLayer {
 
     /// Elements of the keys and of the values of one block of one head.
     fn head_lens(&self) -> (usize, usize) {
-        (self.head_dim * BLOCK_KEYS, padded(self.head_dim) * BLOCK_KEYS)
+        (self.keys.dims()[3], self.values.dims()[3])
     }
 
     /// Stores the key and value heads of `qkv [T, (H + 2K) D]`, keys already rotated; row `t` goes to `entries[t]`, a
@@ -99,23 +119,28 @@ impl KvCacheLayer {
                 return Err(Error::Index { op: OP, what: "position", index: position, limit: self.max_len() });
             }
         }
-        let (runs, qkv) = (self.runs(entries), view(OP, qkv)?);
+        with_element!(OP, self.dtype(), E => self.append_of::<E>(OP, qkv, heads, &self.runs(entries)))
+    }
+
+    fn append_of<E: Stored>(&self, op: &'static str, qkv: &Tensor, heads: usize, runs: &[Run]) -> Result<()> {
+        let qkv = view_of::<E>(op, qkv)?;
         let (kv_heads, head_dim, (keys_len, values_len)) = (self.kv_heads(), self.head_dim, self.head_lens());
+        let width = (heads + 2 * kv_heads) * head_dim;
         let key_column = heads * head_dim;
         let value_column = key_column + kv_heads * head_dim;
-        view_mut(OP, &self.keys, |keys| {
-            write_runs(&runs, keys, kv_heads * keys_len, |run, block| {
+        view_mut_of::<E, _>(op, &self.keys, |keys| {
+            write_runs(runs, keys, kv_heads * keys_len, |run, block| {
                 let source = &qkv[run.row * width..][..run.rows * width];
                 for (head, block) in block.chunks_exact_mut(keys_len).enumerate() {
-                    transpose_head(source, width, key_column + head * head_dim, run.offset, block);
+                    E::store_keys(source, width, key_column + head * head_dim, head_dim, run.offset, block);
                 }
             });
         })?;
-        view_mut(OP, &self.values, |values| {
-            write_runs(&runs, values, kv_heads * values_len, |run, block| {
+        view_mut_of::<E, _>(op, &self.values, |values| {
+            write_runs(runs, values, kv_heads * values_len, |run, block| {
                 let source = &qkv[run.row * width..][..run.rows * width];
                 for (head, block) in block.chunks_exact_mut(values_len).enumerate() {
-                    copy_head(source, width, value_column + head * head_dim, head_dim, run.offset, block);
+                    E::store_values(source, width, value_column + head * head_dim, head_dim, run.offset, block);
                 }
             });
         })
@@ -139,7 +164,10 @@ impl KvCacheLayer {
             let block = self.kv_heads() * head_len;
             let slot = self.blocks() * block;
             let copied = len.div_ceil(BLOCK_KEYS) * block;
-            view_mut(OP, tensor, |values| values.copy_within(from * slot..from * slot + copied, to * slot))?;
+            let (source, target) = (from * slot..from * slot + copied, to * slot);
+            with_element!(OP, self.dtype(), E => {
+                view_mut_of::<E, _>(OP, tensor, |values| values.copy_within(source, target))
+            })?;
         }
         Ok(())
     }
@@ -158,8 +186,8 @@ impl KvCacheLayer {
         check_dims(op, "key-value heads and head width", &expected, &got)
     }
 
-    pub(super) fn read(&self, op: &'static str) -> Result<CacheView<'_>> {
-        Ok(CacheView { keys: view(op, &self.keys)?, values: view(op, &self.values)?, layer: self })
+    pub(super) fn read<E: Stored>(&self, op: &'static str) -> Result<CacheView<'_, E>> {
+        Ok(CacheView { keys: view_of(op, &self.keys)?, values: view_of(op, &self.values)?, layer: self })
     }
 
     /// Joins neighbouring entries and sorts them by block.
@@ -179,7 +207,7 @@ impl KvCacheLayer {
 }
 
 /// Calls `write(run, block)` for every run, blocks in parallel.
-fn write_runs(runs: &[Run], storage: &mut [f32], block_len: usize, write: impl Fn(&Run, &mut [f32]) + Sync) {
+fn write_runs<E: Stored>(runs: &[Run], storage: &mut [E], block_len: usize, write: impl Fn(&Run, &mut [E]) + Sync) {
     let mut tasks = Vec::new();
     let (mut rest, mut passed) = (storage, 0);
     for group in runs.chunk_by(|a, b| a.block == b.block) {
@@ -196,15 +224,15 @@ fn write_runs(runs: &[Run], storage: &mut [f32], block_len: usize, write: impl F
 }
 
 /// A read lock on a cache.
-pub(super) struct CacheView<'a> {
-    keys: View<'a>,
-    values: View<'a>,
+pub(super) struct CacheView<'a, E> {
+    keys: View<'a, E>,
+    values: View<'a, E>,
     layer: &'a KvCacheLayer,
 }
 
-impl CacheView<'_> {
-    /// Keys `[D, 64]` and values `[64, D padded]` of block `n` of a slot's key-value head.
-    pub(super) fn block(&self, slot: usize, head: usize, n: usize) -> (&[f32], &[f32]) {
+impl<E: Stored> CacheView<'_, E> {
+    /// Keys and values of block `n` of a slot's key-value head.
+    pub(super) fn block(&self, slot: usize, head: usize, n: usize) -> (&[E], &[E]) {
         let (keys_len, values_len) = self.layer.head_lens();
         let index = (slot * self.layer.blocks() + n) * self.layer.kv_heads() + head;
         (&self.keys[index * keys_len..][..keys_len], &self.values[index * values_len..][..values_len])

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::blocks::{Block, Pack, pack, padded, rows_len, transposed_len};
+use super::blocks::{Block, Pack, copy_head, pack, padded, rows_len, transposed_len};
 use super::tile::{Right, TILE_ROWS, product};
 use super::{AttentionSpec, BLOCK_KEYS};
+use crate::element::Element;
 use crate::math::{LANES, exp, larger, ln, max_lanes, sum_lanes};
 use crate::simd::{fma, simd_fn};
 
@@ -39,41 +40,40 @@ impl Running {
         Self { maximum: vec![0.0; rows], sum: vec![0.0; rows], output }
     }
 
-    /// Attends the `queries` to all the keys they see.
-    ///
-    /// `block(n)` gives the `n`-th block of keys of the sequence, transposed `[D, 64]`, and of values `[64, D padded]`.
-    pub(super) fn attend<'b>(
-        &mut self,
-        queries: &[Query],
-        scale: f32,
-        block: impl Fn(usize) -> (&'b [f32], &'b [f32]),
-    ) {
+    /// Forgets everything.
+    pub(super) fn start(&mut self) {
         self.maximum.fill(f32::NEG_INFINITY);
         self.sum.fill(0.0);
         self.output.fill(0.0);
-        let first = queries.iter().map(|query| query.start / BLOCK_KEYS).min().unwrap_or(0);
-        let last = queries.iter().map(|query| query.end.div_ceil(BLOCK_KEYS)).max().unwrap_or(0);
-        for n in first..last {
-            let (keys, values) = block(n);
-            attend_block(queries, n * BLOCK_KEYS, keys, values, scale, self);
-        }
+    }
+
+    /// Attends the `queries` to block `n` of the sequence: its keys transposed `[D, 64]`, its values `[64, D padded]`.
+    pub(super) fn attend(&mut self, queries: &[Query], n: usize, keys: &[f32], values: &[f32], scale: f32) {
+        attend_block(queries, n * BLOCK_KEYS, keys, values, scale, self);
     }
 
     /// Writes the output `[D]` of query `row`; returns the logarithm of its sum of exponentials.
-    pub(super) fn finish(&self, row: usize, o: &mut [f32]) -> f32 {
+    pub(super) fn finish<E: Element>(&self, row: usize, o: &mut [E]) -> f32 {
         let stride = padded(o.len());
         normalise(&self.output[row * stride..], self.maximum[row], self.sum[row], o)
     }
 }
 
+/// The blocks of keys that any of `queries` sees.
+pub(super) fn blocks_seen(queries: &[Query]) -> Range<usize> {
+    let first = queries.iter().map(|query| query.start / BLOCK_KEYS).min().unwrap_or(0);
+    let last = queries.iter().map(|query| query.end.div_ceil(BLOCK_KEYS)).max().unwrap_or(0);
+    first..last
+}
+
 simd_fn! {
-    fn normalise(output: &[f32], maximum: f32, sum: f32, o: &mut [f32]) -> f32 = normalise_body;
+    fn normalise<E: Element>(output: &[f32], maximum: f32, sum: f32, o: &mut [E]) -> f32 = normalise_body;
 }
 
 #[inline(always)]
-fn normalise_body<const FMA: bool>(output: &[f32], maximum: f32, sum: f32, o: &mut [f32]) -> f32 {
+fn normalise_body<E: Element, const FMA: bool>(output: &[f32], maximum: f32, sum: f32, o: &mut [E]) -> f32 {
     for (o, value) in o.iter_mut().zip(output) {
-        *o = value / sum;
+        *o = E::narrow(value / sum);
     }
     maximum + ln::<FMA>(sum)
 }
@@ -190,7 +190,7 @@ fn probabilities_body<const FMA: bool>(
 }
 
 /// Attention of all blocks; writes `o [T, H D]` and `lse [T, H]`.
-pub(super) fn forward(qkv: &[f32], blocks: &[Block], spec: &AttentionSpec, o: &mut [f32], lse: &mut [f32]) {
+pub(super) fn forward<E: Element>(qkv: &[E], blocks: &[Block], spec: &AttentionSpec, o: &mut [E], lse: &mut [f32]) {
     let (width, head_dim) = (spec.qkv_width(), spec.head_dim);
     let key_column = spec.heads * head_dim;
     let value_column = key_column + spec.kv_heads * head_dim;
@@ -208,19 +208,24 @@ pub(super) fn forward(qkv: &[f32], blocks: &[Block], spec: &AttentionSpec, o: &m
     }
     tasks.into_par_iter().for_each(|(block, o, lse)| {
         let mut running = Running::new(BLOCK_KEYS, spec);
-        let mut queries = Vec::with_capacity(BLOCK_KEYS);
+        let (mut q, stride) = (vec![0.0; rows_len(spec)], padded(head_dim));
         for head in 0..spec.heads {
-            queries.clear();
-            queries.extend((0..block.rows).map(|row| {
-                let q = &qkv[(block.start() + row) * width + head * head_dim..][..head_dim];
-                let (start, end) = spec.visible(block.position + row, block.len);
-                Query { q, start, end }
-            }));
+            let source = &qkv[block.start() * width..][..block.rows * width];
+            copy_head(source, width, head * head_dim, head_dim, 0, &mut q);
+            let queries: Vec<Query> = (0..block.rows)
+                .map(|row| {
+                    let (start, end) = spec.visible(block.position + row, block.len);
+                    Query { q: &q[row * stride..][..head_dim], start, end }
+                })
+                .collect();
             let kv_head = head / spec.group();
-            running.attend(&queries, spec.scale, |n| {
+            running.start();
+            for n in blocks_seen(&queries) {
                 let index = (block.first + n) * spec.kv_heads + kv_head;
-                (&keys[index * keys_len..][..keys_len], &values[index * values_len..][..values_len])
-            });
+                let (keys, values) =
+                    (&keys[index * keys_len..][..keys_len], &values[index * values_len..][..values_len]);
+                running.attend(&queries, n, keys, values, spec.scale);
+            }
             for row in 0..block.rows {
                 let o = &mut o[row * spec.output_width() + head * head_dim..][..head_dim];
                 lse[row * spec.heads + head] = running.finish(row, o);

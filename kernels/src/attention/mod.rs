@@ -18,15 +18,22 @@
 
 use candle_core::Tensor;
 
+use self::kernels::Kernels;
+use crate::element::{Element, with_element};
 use crate::error::check_dims;
-use crate::view::{tensor, view};
+use crate::profile::{Class, time};
+use crate::view::{tensor, view, view_of};
 use crate::{Error, Result};
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod backward;
 mod blocks;
 mod cache;
 mod decode;
 mod forward;
+mod kernels;
+mod layout;
 mod tile;
 
 pub use cache::KvCacheLayer;
@@ -53,6 +60,17 @@ pub struct AttentionSpec {
 }
 
 impl AttentionSpec {
+    /// Additions and multiplications of the two products of a forward over these sequences, without those of hidden keys.
+    fn operations(&self, cu_seqlens: &[u32]) -> usize {
+        let visible = |len: usize| match (self.causal, self.window) {
+            (true, Some(window)) if window < len => window * (len - window) + window * (window + 1) / 2,
+            (true, _) => len * (len + 1) / 2,
+            (false, _) => len * len,
+        };
+        let pairs: usize = cu_seqlens.windows(2).map(|cut| visible(cut[1].saturating_sub(cut[0]) as usize)).sum();
+        4 * self.heads * self.head_dim * pairs
+    }
+
     /// Columns of the fused projection, `(H + 2K) D`.
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -109,11 +127,22 @@ pub struct AttentionSaved {
 /// # Errors
 /// If a shape, dtype or device does not fit, or `cu_seqlens` does not cut `0..T` in order.
 pub fn attention(qkv: &Tensor, cu_seqlens: &[u32], spec: &AttentionSpec) -> Result<(Tensor, AttentionSaved)> {
+    let _timer = time(Class::Attention, spec.operations(cu_seqlens));
     const OP: &str = "attention";
     let (tokens, blocks) = check(OP, qkv, cu_seqlens, spec)?;
-    let mut o = vec![0.0; tokens * spec.output_width()];
+    with_element!(OP, qkv.dtype(), E => forward_of::<E>(OP, qkv, tokens, &blocks, spec))
+}
+
+fn forward_of<E: Kernels>(
+    op: &'static str,
+    qkv: &Tensor,
+    tokens: usize,
+    blocks: &[blocks::Block],
+    spec: &AttentionSpec,
+) -> Result<(Tensor, AttentionSaved)> {
+    let mut o = vec![E::narrow(0.0); tokens * spec.output_width()];
     let mut lse = vec![0.0; tokens * spec.heads];
-    forward::forward(&view(OP, qkv)?, &blocks, spec, &mut o, &mut lse);
+    E::forward(&view_of(op, qkv)?, blocks, spec, &mut o, &mut lse);
     let o = tensor(o, (tokens, spec.output_width()))?;
     Ok((o, AttentionSaved { lse: tensor(lse, (tokens, spec.heads))? }))
 }
@@ -134,16 +163,20 @@ pub fn attention_backward(
     cu_seqlens: &[u32],
     spec: &AttentionSpec,
 ) -> Result<Tensor> {
+    let _timer = time(Class::AttentionBackward, 5 * spec.operations(cu_seqlens) / 2);
     const OP: &str = "attention_backward";
     let (tokens, blocks) = check(OP, qkv, cu_seqlens, spec)?;
     check_dims(OP, "d_o", &[tokens, spec.output_width()], d_o.dims())?;
     check_dims(OP, "o", &[tokens, spec.output_width()], o.dims())?;
     check_dims(OP, "saved lse", &[tokens, spec.heads], saved.lse.dims())?;
-    let mut dqkv = vec![0.0; tokens * spec.qkv_width()];
-    let (d_o, qkv, o, lse) = (view(OP, d_o)?, view(OP, qkv)?, view(OP, o)?, view(OP, &saved.lse)?);
-    let inputs = backward::Inputs { d_o: &d_o, qkv: &qkv, o: &o, lse: &lse };
-    backward::backward(inputs, &blocks, spec, &mut dqkv);
-    tensor(dqkv, (tokens, spec.qkv_width()))
+    let lse = view(OP, &saved.lse)?;
+    with_element!(OP, qkv.dtype(), E => {
+        let mut dqkv = vec![E::narrow(0.0); tokens * spec.qkv_width()];
+        let (d_o, qkv, o) = (view_of::<E>(OP, d_o)?, view_of::<E>(OP, qkv)?, view_of::<E>(OP, o)?);
+        let inputs = backward::Inputs { d_o: &d_o, qkv: &qkv, o: &o, lse: &lse };
+        E::backward(inputs, &blocks, spec, &mut dqkv);
+        tensor(dqkv, (tokens, spec.qkv_width()))
+    })
 }
 
 /// Tokens of `qkv` and the blocks of its sequences, after checking the arguments.

@@ -106,7 +106,7 @@ fn tiles<const FMA: bool, const R: usize>(
     accumulate: bool,
 ) {
     // Four vectors of sixteen for four rows fill half of AVX-512's registers, but spill AVX2's.
-    let wide = Isa::active() == Isa::Avx512;
+    let wide = Isa::active() >= Isa::Avx512;
     let mut column = columns.start;
     while column < columns.end {
         let vectors = (columns.end - column) / LANES;

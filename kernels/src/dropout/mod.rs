@@ -5,8 +5,10 @@
 
 use candle_core::Tensor;
 
+use crate::element::with_element;
+use crate::profile::{Class, time};
 use crate::rng::Philox;
-use crate::view::{tensor, view};
+use crate::view::{Output, view_of};
 use crate::{Error, Result};
 
 mod cpu;
@@ -14,7 +16,8 @@ mod cpu;
 /// Widest row: columns are counted in the low half of a 32-bit counter, four to a draw.
 const MAX_WIDTH: usize = 4 << 16;
 
-/// Drops elements of `x [T, d]` with probability `p` and divides the others by `1 - p`; returns `[T, d]`.
+/// Drops elements of `x [T, d]`, f32 or bf16, with probability `p` and divides the others by `1 - p`; returns `[T, d]` of
+/// the same dtype.
 ///
 /// Row `t` is addressed by `rows[t]`, a (sample, position), in the stream `philox`; `site` tells the dropouts of a model
 /// apart. The backward is the same call on `dy`. With `p = 0` the input is returned as it is.
@@ -38,6 +41,7 @@ pub fn dropout_columns(
     site: u16,
     rows: &[(u64, u32)],
 ) -> Result<Tensor> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "dropout";
     let &[tokens, width] = x.dims() else {
         return Err(Error::shape(OP, "x", "[T, d]", x.dims()));
@@ -55,7 +59,9 @@ pub fn dropout_columns(
     if p == 0.0 {
         return Ok(x.clone());
     }
-    let mut y = vec![0.0; tokens * width];
-    cpu::dropout(&view(OP, x)?, width, first_column, p, philox, site, rows, &mut y);
-    tensor(y, (tokens, width))
+    with_element!(OP, x.dtype(), E => {
+        let mut y = Output::<E>::new(tokens * width);
+        cpu::dropout(&view_of::<E>(OP, x)?, width, first_column, p, philox, site, rows, &mut y);
+        y.into_tensor((tokens, width))
+    })
 }

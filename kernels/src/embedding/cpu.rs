@@ -2,24 +2,25 @@
 
 use rayon::prelude::*;
 
-use crate::view::rows_per_task;
+use crate::element::Element;
+use crate::view::{Output, rows_per_task};
 
 /// Columns of a table row that are summed at once, in registers.
 const SUM_COLUMNS: usize = 64;
 
-pub(super) fn gather(table: &[f32], width: usize, ids: &[u32], y: &mut [f32]) {
+pub(super) fn gather<E: Element>(table: &[E], width: usize, ids: &[u32], y: &mut Output<f32>) {
     if width == 0 {
         return;
     }
     let rows = rows_per_task(width);
-    y.par_chunks_mut(rows * width).zip(ids.par_chunks(rows)).for_each(|(y, ids)| {
+    y.chunks(rows * width).zip(ids.par_chunks(rows)).for_each(|(y, ids)| {
         for (y, &id) in y.chunks_exact_mut(width).zip(ids) {
-            y.copy_from_slice(&table[id as usize * width..][..width]);
+            copy(y, &table[id as usize * width..][..width]);
         }
     });
 }
 
-pub(super) fn add_rows(x: &mut [f32], table: &[f32], width: usize, positions: &[u32]) {
+pub(super) fn add_rows<E: Element>(x: &mut [f32], table: &[E], width: usize, positions: &[u32]) {
     if width == 0 {
         return;
     }
@@ -31,17 +32,23 @@ pub(super) fn add_rows(x: &mut [f32], table: &[f32], width: usize, positions: &[
     });
 }
 
-/// [`gather`] from the rows of a shard; rows of other shards' ids stay as they are.
-pub(super) fn gather_shard(shard: &[f32], first_entry: usize, width: usize, ids: &[u32], y: &mut [f32]) {
+/// [`gather`] from the rows of a shard; rows of other shards' ids are zero.
+pub(super) fn gather_shard<E: Element>(
+    shard: &[E],
+    first_entry: usize,
+    width: usize,
+    ids: &[u32],
+    y: &mut Output<f32>,
+) {
     if width == 0 {
         return;
     }
     let entries = shard.len() / width;
     let rows = rows_per_task(width);
-    y.par_chunks_mut(rows * width).zip(ids.par_chunks(rows)).for_each(|(y, ids)| {
+    y.chunks(rows * width).zip(ids.par_chunks(rows)).for_each(|(y, ids)| {
         for (y, &id) in y.chunks_exact_mut(width).zip(ids) {
             if let Some(row) = row_in_shard(id, first_entry, entries) {
-                y.copy_from_slice(&shard[row * width..][..width]);
+                copy(y, &shard[row * width..][..width]);
             }
         }
     });
@@ -87,8 +94,14 @@ fn add_sum(row: &mut [f32], dy: &[f32], group: &[(usize, u32)]) {
     }
 }
 
-fn add(into: &mut [f32], from: &[f32]) {
+fn add<E: Element>(into: &mut [f32], from: &[E]) {
     for (into, from) in into.iter_mut().zip(from) {
-        *into += from;
+        *into += from.wide();
+    }
+}
+
+fn copy<E: Element>(into: &mut [f32], from: &[E]) {
+    for (into, from) in into.iter_mut().zip(from) {
+        *into = from.wide();
     }
 }

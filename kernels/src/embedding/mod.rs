@@ -5,11 +5,15 @@
 //! bits of adding both into one.
 //!
 //! A table may be cut into shards of consecutive rows. Of a token's rows in all shards only one is not zero.
+//!
+//! A table is f32 or bf16. The rows looked up are f32, as they begin the residual stream, and so are all gradients.
 
 use candle_core::Tensor;
 
+use crate::element::with_element;
 use crate::error::check_dims;
-use crate::view::{tensor, view, view_mut};
+use crate::profile::{Class, time};
+use crate::view::{Output, view, view_mut, view_of};
 use crate::{Error, Result};
 
 mod cpu;
@@ -30,11 +34,15 @@ fn check(op: &'static str, what: &'static str, table: &Tensor, ids: &[u32]) -> R
 /// # Errors
 /// [`Error::Index`] if an id is V or more; else if the shape, dtype or device does not fit.
 pub fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "embedding";
     let width = check(OP, "token id", table, ids)?;
-    let mut y = vec![0.0; ids.len() * width];
-    cpu::gather(&view(OP, table)?, width, ids, &mut y);
-    tensor(y, (ids.len(), width))
+    let mut y = Output::new(ids.len() * width);
+    with_element!(OP, table.dtype(), E => {
+        cpu::gather(&view_of::<E>(OP, table)?, width, ids, &mut y);
+        Ok(())
+    })?;
+    y.into_tensor((ids.len(), width))
 }
 
 /// Backward of [`embedding`] and of [`add_rows`]: adds `dy [T, d]` to the rows `ids` of `dtable [V, d]`, in place.
@@ -44,6 +52,7 @@ pub fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
 /// # Errors
 /// [`Error::Index`] if an id is V or more; else if a shape, dtype or device does not fit.
 pub fn embedding_backward(dy: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "embedding_backward";
     let width = check(OP, "token id", dtable, ids)?;
     scatter_add(OP, dy, width, ids, 0, dtable)
@@ -71,11 +80,15 @@ fn scatter_add(
 /// # Errors
 /// If the shape, dtype or device does not fit.
 pub fn embedding_shard(table_shard: &Tensor, first_entry: usize, ids: &[u32]) -> Result<Tensor> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "embedding_shard";
     let width = shard_width(OP, table_shard)?;
-    let mut y = vec![0.0; ids.len() * width];
-    cpu::gather_shard(&view(OP, table_shard)?, first_entry, width, ids, &mut y);
-    tensor(y, (ids.len(), width))
+    let mut y = Output::new(ids.len() * width);
+    with_element!(OP, table_shard.dtype(), E => {
+        cpu::gather_shard(&view_of::<E>(OP, table_shard)?, first_entry, width, ids, &mut y);
+        Ok(())
+    })?;
+    y.into_tensor((ids.len(), width))
 }
 
 /// Backward of [`embedding_shard`]: adds the rows of `dy [T, d]` whose ids lie in the shard to `dtable_shard`, in place.
@@ -85,6 +98,7 @@ pub fn embedding_shard(table_shard: &Tensor, first_entry: usize, ids: &[u32]) ->
 /// # Errors
 /// If a shape, dtype or device does not fit.
 pub fn embedding_shard_backward(dy: &Tensor, ids: &[u32], first_entry: usize, dtable_shard: &Tensor) -> Result<()> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "embedding_shard_backward";
     let width = shard_width(OP, dtable_shard)?;
     scatter_add(OP, dy, width, ids, first_entry, dtable_shard)
@@ -102,9 +116,12 @@ fn shard_width(op: &'static str, shard: &Tensor) -> Result<usize> {
 /// # Errors
 /// [`Error::Index`] if a position lies beyond the table; else if a shape, dtype or device does not fit.
 pub fn add_rows(x: &Tensor, table: &Tensor, positions: &[u32]) -> Result<()> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "add_rows";
     let width = check(OP, "position", table, positions)?;
     check_dims(OP, "x", &[positions.len(), width], x.dims())?;
-    let table = view(OP, table)?;
-    view_mut(OP, x, |x| cpu::add_rows(x, &table, width, positions))
+    with_element!(OP, table.dtype(), E => {
+        let table = view_of::<E>(OP, table)?;
+        view_mut(OP, x, |x| cpu::add_rows(x, &table, width, positions))
+    })
 }

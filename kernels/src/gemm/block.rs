@@ -6,7 +6,17 @@ use rayon::prelude::*;
 
 use super::K_BLOCK;
 use super::micro::{MicroKernel, micro_kernel};
+use super::output::Output;
 use super::pack::{pack_a, pack_b};
+
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Right<'a> {
+    /// Its elements, with the distances from one `k` to the next and from one column to the next.
+    Strided(&'a [f32], (usize, usize)),
+    /// Panels of all columns over all of `k`, packed for this kernel.
+    Packed(&'a [f32], MicroKernel),
+}
 
 /// `C[m, n] (+)= A[m, k] · B[k, n]` on strided slices.
 pub(crate) struct Gemm<'a> {
@@ -22,14 +32,10 @@ pub(crate) struct Gemm<'a> {
     pub(crate) a_row_stride: usize,
     /// Distance in A from one `k` to the next.
     pub(crate) a_col_stride: usize,
-    /// Elements of B.
-    pub(crate) b: &'a [f32],
-    /// Distance in B from one `k` to the next.
-    pub(crate) b_row_stride: usize,
-    /// Distance in B from one column to the next.
-    pub(crate) b_col_stride: usize,
+    /// B.
+    pub(crate) b: Right<'a>,
     /// Elements of C, each row contiguous.
-    pub(crate) c: &'a mut [f32],
+    pub(crate) c: Output<'a, f32>,
     /// Distance in C from one row to the next.
     pub(crate) c_row_stride: usize,
     /// Add to C instead of overwriting it.
@@ -45,17 +51,13 @@ const FEW_ROWS_COLUMNS: usize = 64;
 /// Below this many multiply-adds a fork costs more than it saves.
 const SERIAL_BELOW: usize = 1 << 17;
 
-/// C as seen by tasks that each write their own rectangle.
+/// C, as a task writes a rectangle of it.
 #[derive(Clone, Copy)]
-struct Output {
-    start: *mut f32,
+struct Target<'a> {
+    c: &'a Output<'a, f32>,
     row_stride: usize,
     accumulate: bool,
 }
-// SAFETY: tasks write disjoint rectangles; see `gemm`.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
 
 /// A rectangle of C.
 #[derive(Clone, Copy)]
@@ -81,16 +83,26 @@ pub(crate) fn gemm(g: Gemm<'_>) {
     assert!(g.c.len() >= (g.m - 1) * g.c_row_stride + g.n && g.c_row_stride >= g.n, "gemm: C is too short");
     if g.k == 0 {
         if !g.accumulate {
-            g.c.chunks_mut(g.c_row_stride).take(g.m).for_each(|row| row[..g.n].fill(0.0));
+            for row in 0..g.m {
+                // SAFETY: C holds these rows; any bytes make an f32, and zero bytes make zero.
+                unsafe { g.c.start().add(row * g.c_row_stride).write_bytes(0, g.n) };
+            }
         }
         return;
     }
     assert!(g.a.len() > (g.m - 1) * g.a_row_stride + (g.k - 1) * g.a_col_stride, "gemm: A is too short");
-    assert!(g.b.len() > (g.k - 1) * g.b_row_stride + (g.n - 1) * g.b_col_stride, "gemm: B is too short");
-
-    let kernel = micro_kernel();
+    let kernel = match g.b {
+        Right::Strided(b, strides) => {
+            assert!(b.len() > (g.k - 1) * strides.0 + (g.n - 1) * strides.1, "gemm: B is too short");
+            micro_kernel()
+        }
+        Right::Packed(b, kernel) => {
+            assert!(b.len() == g.n.next_multiple_of(kernel.columns) * g.k, "gemm: length of the packed B");
+            kernel
+        }
+    };
     let tasks = tasks(g.m, g.n, &kernel);
-    let c = Output { start: g.c.as_mut_ptr(), row_stride: g.c_row_stride, accumulate: g.accumulate };
+    let c = Target { c: &g.c, row_stride: g.c_row_stride, accumulate: g.accumulate };
     let run = |task: &Task| {
         PACKED.with_borrow_mut(|(a, b)| run_task(&g, &kernel, task, c, a, b));
     };
@@ -128,24 +140,36 @@ fn tasks(m: usize, n: usize, kernel: &MicroKernel) -> Vec<Task> {
     tasks
 }
 
-fn run_task(g: &Gemm<'_>, kernel: &MicroKernel, t: &Task, c: Output, a_packed: &mut Vec<f32>, b_packed: &mut Vec<f32>) {
+fn run_task(
+    g: &Gemm<'_>,
+    kernel: &MicroKernel,
+    t: &Task,
+    c: Target<'_>,
+    a_packed: &mut Vec<f32>,
+    b_packed: &mut Vec<f32>,
+) {
     let (mr, nr) = (kernel.rows, kernel.columns);
     for k0 in (0..g.k).step_by(K_BLOCK) {
         let kc = K_BLOCK.min(g.k - k0);
         let accumulate = c.accumulate || k0 > 0;
         let a = &g.a[t.row * g.a_row_stride + k0 * g.a_col_stride..];
-        let b = &g.b[k0 * g.b_row_stride + t.column * g.b_col_stride..];
         pack_a(a, (g.a_row_stride, g.a_col_stride), t.rows, kc, mr, a_packed);
-        pack_b(b, (g.b_row_stride, g.b_col_stride), t.columns, kc, nr, b_packed);
+        if let Right::Strided(b, strides) = g.b {
+            b_packed.resize(t.columns.next_multiple_of(nr) * kc, 0.0);
+            pack_b(&b[k0 * strides.0 + t.column * strides.1..], strides, t.columns, kc, nr, b_packed);
+        }
         for column in (0..t.columns).step_by(nr) {
             let columns = nr.min(t.columns - column);
-            let b = &b_packed[column * kc..column * kc + nr * kc];
+            let b = match g.b {
+                Right::Strided(..) => &b_packed[column * kc..][..nr * kc],
+                Right::Packed(b, _) => &b[(t.column + column) * g.k + k0 * nr..][..nr * kc],
+            };
             for row in (0..t.rows).step_by(mr) {
                 let rows = mr.min(t.rows - row);
                 let a = &a_packed[row * kc..row * kc + rows * kc];
                 // SAFETY: the rectangle lies inside C (checked in `gemm`), and no other task writes it.
                 unsafe {
-                    let corner = c.start.add((t.row + row) * c.row_stride + t.column + column);
+                    let corner = c.c.start().add((t.row + row) * c.row_stride + t.column + column);
                     (kernel.run)(rows, columns, kc, a, b, corner, c.row_stride, accumulate);
                 }
             }

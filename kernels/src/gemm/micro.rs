@@ -6,7 +6,8 @@ use crate::simd::{Isa, PORTABLE_FMA, fma};
 type Run = unsafe fn(usize, usize, usize, &[f32], &[f32], *mut f32, usize, bool);
 
 /// A micro-kernel and the largest tile that it computes.
-pub(super) struct MicroKernel {
+#[derive(Clone, Copy)]
+pub(crate) struct MicroKernel {
     /// Rows of a full panel of A.
     pub(super) rows: usize,
     /// Columns of every panel of B.
@@ -19,7 +20,7 @@ pub(super) struct MicroKernel {
 pub(super) fn micro_kernel() -> MicroKernel {
     match Isa::active() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => MicroKernel { rows: 12, columns: 32, run: avx512 },
+        Isa::Amx | Isa::Avx512 => MicroKernel { rows: 12, columns: 32, run: avx512 },
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => MicroKernel { rows: 6, columns: 16, run: avx2 },
         _ => MicroKernel { rows: 4, columns: 8, run: portable },

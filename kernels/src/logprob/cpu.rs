@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::products::HeadElement;
 use super::row::{BLOCK, HeadPartial};
-use crate::gemm::{Gemm, gemm};
 use crate::math::exp;
 use crate::simd::{fma, simd_fn};
 
@@ -17,9 +17,9 @@ const TILE_COLUMNS: usize = 4 * BLOCK;
 const BIAS_COLUMNS: usize = 256;
 
 /// The weights of a head, or of the `V` entries of it that make a shard.
-pub(super) struct Head<'a> {
+pub(super) struct Head<'a, E> {
     /// `[V, width]`.
-    pub(super) w: &'a [f32],
+    pub(super) w: &'a [E],
     /// `[V]`.
     pub(super) bias: Option<&'a [f32]>,
     /// The entry that the first row of `w` stands for.
@@ -37,19 +37,19 @@ pub(super) struct RowGrads<'a> {
     pub(super) dentropy: Option<&'a [f32]>,
 }
 
-impl Head<'_> {
+impl<E: HeadElement> Head<'_, E> {
     fn vocabulary(&self) -> usize {
         self.w.len() / self.width
     }
 
     /// The vocabulary in tiles.
-    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
         let vocabulary = self.vocabulary();
         (0..vocabulary).step_by(TILE_COLUMNS).map(move |start| start..(start + TILE_COLUMNS).min(vocabulary))
     }
 
     /// Weights of some entries, `[columns, width]`.
-    fn weights(&self, columns: &Range<usize>) -> &[f32] {
+    fn weights(&self, columns: &Range<usize>) -> &[E] {
         &self.w[columns.start * self.width..columns.end * self.width]
     }
 
@@ -58,29 +58,14 @@ impl Head<'_> {
         (label as usize).checked_sub(self.first_entry + columns.start).filter(|&column| column < columns.len())
     }
 
-    /// The logits of all rows of `h` for some entries, `[rows, columns]`: the bits of [`crate::gemm::linear`].
-    pub(super) fn tile(&self, h: &[f32], columns: Range<usize>, out: &mut [f32]) {
-        let (rows, width) = (h.len() / self.width, columns.len());
+    /// The logits of all rows of `h` for some entries, `[rows, columns]`: the bits of [`crate::gemm::linear_f32`].
+    pub(super) fn tile(&self, h: &[E], columns: Range<usize>, out: &mut [f32]) {
+        let width = columns.len();
         if width == 0 {
             return;
         }
-        if let Some(bias) = self.bias {
-            out.chunks_mut(width).for_each(|row| row.copy_from_slice(&bias[columns.clone()]));
-        }
-        gemm(Gemm {
-            m: rows,
-            n: width,
-            k: self.width,
-            a: h,
-            a_row_stride: self.width,
-            a_col_stride: 1,
-            b: self.weights(&columns),
-            b_row_stride: 1,
-            b_col_stride: self.width,
-            c: out,
-            c_row_stride: width,
-            accumulate: self.bias.is_some(),
-        });
+        let bias = self.bias.map(|bias| &bias[columns.clone()]);
+        E::logits(h, self.weights(&columns), bias, self.width, out);
         if self.inv_temperature != 1.0 {
             out.par_chunks_mut(width).for_each(|row| scale(row, self.inv_temperature));
         }
@@ -99,7 +84,7 @@ fn scale(row: &mut [f32], factor: f32) {
     }
 }
 
-pub(super) fn forward(head: &Head, h: &[f32], labels: &[u32]) -> Vec<HeadPartial> {
+pub(super) fn forward<E: HeadElement>(head: &Head<E>, h: &[E], labels: &[u32]) -> Vec<HeadPartial> {
     let mut partials = vec![HeadPartial::EMPTY; labels.len()];
     let mut tile = vec![0.0; labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
     let chunks = labels.chunks(TILE_ROWS).zip(partials.chunks_mut(TILE_ROWS));
@@ -120,9 +105,9 @@ pub(super) fn forward(head: &Head, h: &[f32], labels: &[u32]) -> Vec<HeadPartial
 }
 
 /// Returns dh; adds to `dw`, if there is one, and, if it is not empty, to `column_sums`, the gradient of the bias.
-pub(super) fn backward(
-    head: &Head,
-    h: &[f32],
+pub(super) fn backward<E: HeadElement>(
+    head: &Head<E>,
+    h: &[E],
     rows: &RowGrads,
     mut dw: Option<&mut [f32]>,
     column_sums: &mut [f32],
@@ -130,44 +115,21 @@ pub(super) fn backward(
     let width = head.width;
     let mut dh = vec![0.0; h.len()];
     let mut tile = vec![0.0; rows.labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
+    let mut copy = vec![E::narrow(0.0); E::copy_len(tile.len())];
     for (chunk, (h, dh)) in h.chunks(TILE_ROWS * width).zip(dh.chunks_mut(TILE_ROWS * width)).enumerate() {
         let (first, count) = (chunk * TILE_ROWS, h.len() / width);
         for columns in head.tiles() {
             let tile = &mut tile[..count * columns.len()];
             head.tile(h, columns.clone(), tile);
-            tile.par_chunks_mut(columns.len()).enumerate().for_each(|(offset, logits)| {
+            let copy = &mut copy[..E::copy_len(tile.len())];
+            E::rows(tile, columns.len(), copy, |offset, logits| {
                 rows.logit_grads(first + offset, head, &columns, logits);
             });
+            let dl = E::rounded(tile, copy);
             if let Some(dw) = dw.as_deref_mut() {
-                gemm(Gemm {
-                    m: columns.len(),
-                    n: width,
-                    k: count,
-                    a: tile,
-                    a_row_stride: 1,
-                    a_col_stride: columns.len(),
-                    b: h,
-                    b_row_stride: width,
-                    b_col_stride: 1,
-                    c: &mut dw[columns.start * width..columns.end * width],
-                    c_row_stride: width,
-                    accumulate: true,
-                });
+                E::weight_grad(dl, h, width, &mut dw[columns.start * width..columns.end * width]);
             }
-            gemm(Gemm {
-                m: count,
-                n: width,
-                k: columns.len(),
-                a: tile,
-                a_row_stride: columns.len(),
-                a_col_stride: 1,
-                b: head.weights(&columns),
-                b_row_stride: width,
-                b_col_stride: 1,
-                c: dh,
-                c_row_stride: width,
-                accumulate: true,
-            });
+            E::input_grad(dl, head.weights(&columns), width, dh);
             if !column_sums.is_empty() {
                 add_column_sums(tile, &mut column_sums[columns]);
             }
@@ -178,7 +140,7 @@ pub(super) fn backward(
 
 impl RowGrads<'_> {
     /// Turns the logits of `row` for some entries into their gradients.
-    fn logit_grads(&self, row: usize, head: &Head, columns: &Range<usize>, logits: &mut [f32]) {
+    fn logit_grads<E: HeadElement>(&self, row: usize, head: &Head<E>, columns: &Range<usize>, logits: &mut [f32]) {
         let dlogp = self.dlogp[row] * head.inv_temperature;
         let dentropy = self.dentropy.map_or(0.0, |dentropy| dentropy[row] * head.inv_temperature);
         softmax_grads(logits, self.lse[row], self.entropy[row], dlogp, dentropy);

@@ -12,11 +12,15 @@
 //! [`logits`] with [`row_stats`] takes the same steps on a stored row and gives the same bits: what a sampler records is
 //! what training computes.
 //!
+//! Hidden rows and weights are f32, or bf16; everything else is f32. In bf16 the gradient of a tile of logits is rounded
+//! to bf16 before its two products.
+//!
 //! A vocabulary may be cut into shards at multiples of [`BLOCK`] entries, on one rank or many: [`head_partials`] of each
 //! shard, [`HeadPartial::merge`] in order of entries and [`head_finish`] make a row's result, which depends on the cuts
 //! but not on who holds what. One shard takes the steps of [`head_logprob`], and gives its bits.
 
 mod cpu;
+mod products;
 mod row;
 mod shard;
 
@@ -26,7 +30,7 @@ pub use row::{BLOCK, HeadPartial, RowStats, row_partial, row_stats};
 pub use shard::{head_finish, head_partials, head_shard_backward, head_shard_input_grad};
 
 use crate::error::check_dims;
-use crate::view::{tensor, view};
+use crate::gemm::{PackedMatrix, full_linear, packed};
 use crate::{Error, Result};
 
 /// What [`head_logprob`] computes for `N` rows; its backward needs it again.
@@ -89,13 +93,15 @@ pub fn head_logprob_backward(
 /// [`head_logprob`], [`row_partial`] of a shard's row those of [`head_partials`].
 pub fn logits(h: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "logits";
-    let shape = check(OP, h, w, bias)?;
-    let (h, w) = (view(OP, h)?, view(OP, w)?);
-    let bias = bias.map(|bias| view(OP, bias)).transpose()?;
-    let head = cpu::Head { w: &w, bias: bias.as_deref(), first_entry: 0, inv_temperature: 1.0, width: shape.width };
-    let mut out = vec![0.0; shape.rows * shape.vocabulary];
-    head.tile(&h, 0..shape.vocabulary, &mut out);
-    tensor(out, (shape.rows, shape.vocabulary))
+    check(OP, h, w, bias)?;
+    full_linear(OP, h, w, bias)
+}
+
+/// Bit for bit [`logits`] with the weight that was packed: for every step of decoding.
+///
+/// `h`: `[N, d]`, `bias`: `[V]`.
+pub fn logits_packed(h: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    packed::<f32>("logits_packed", h, w, bias)
 }
 
 /// Sizes of one call.

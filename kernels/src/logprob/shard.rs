@@ -5,8 +5,11 @@ use candle_core::Tensor;
 use super::cpu::{Head, RowGrads, backward as backward_rows, forward};
 use super::row::{BLOCK, HeadPartial};
 use super::{HeadOut, check};
+use crate::element::with_element;
 use crate::error::check_dims;
-use crate::view::{tensor, view, view_mut};
+use crate::gemm::bias_values;
+use crate::profile::{Class, time};
+use crate::view::{tensor, view, view_mut, view_of};
 use crate::{Error, Result};
 
 /// One shard's part of [`super::head_logprob`]: a [`HeadPartial`] for each of the `N` rows of `h`.
@@ -100,12 +103,15 @@ pub(super) fn partials(
     inv_temperature: f32,
 ) -> Result<Vec<HeadPartial>> {
     let shape = check(op, h, w, bias)?;
+    let _timer = time(Class::Head, 2 * shape.rows * shape.vocabulary * shape.width);
     check_first_entry(op, first_entry, shape.vocabulary)?;
     check_dims(op, "labels", &[shape.rows], &[labels.len()])?;
-    let (h, w) = (view(op, h)?, view(op, w)?);
-    let bias = bias.map(|bias| view(op, bias)).transpose()?;
-    let head = Head { w: &w, bias: bias.as_deref(), first_entry, inv_temperature, width: shape.width };
-    Ok(forward(&head, &h, labels))
+    let bias = bias.map(|bias| bias_values(op, bias, w)).transpose()?;
+    with_element!(op, w.dtype(), E => {
+        let (h, w) = (view_of::<E>(op, h)?, view_of::<E>(op, w)?);
+        let head = Head { w: &w, bias: bias.as_deref(), first_entry, inv_temperature, width: shape.width };
+        Ok(forward(&head, &h, labels))
+    })
 }
 
 /// [`head_finish`] under the name of the operation that a caller asked for.
@@ -146,6 +152,9 @@ pub(super) fn backward(
     dbias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let shape = check(op, h, w, bias)?;
+    // The logits again, then one product or two of their gradients.
+    let products = if dw.is_some() { 3 } else { 2 };
+    let _timer = time(Class::HeadBackward, 2 * products * shape.rows * shape.vocabulary * shape.width);
     check_first_entry(op, first_entry, shape.vocabulary)?;
     check_dims(op, "labels", &[shape.rows], &[labels.len()])?;
     check_dims(op, "dlogp", &[shape.rows], dlogp.dims())?;
@@ -159,19 +168,21 @@ pub(super) fn backward(
     if let Some(dbias) = dbias {
         check_dims(op, "dbias", &[shape.vocabulary], dbias.dims())?;
     }
-    let (h, w) = (view(op, h)?, view(op, w)?);
-    let bias = bias.map(|bias| view(op, bias)).transpose()?;
     let (dlogp, lse, entropy) = (view(op, dlogp)?, view(op, &out.lse)?, view(op, &out.entropy)?);
     let dentropy = dentropy.map(|dentropy| view(op, dentropy)).transpose()?;
     let inv_temperature = out.inv_temperature;
-    let head = Head { w: &w, bias: bias.as_deref(), first_entry, inv_temperature, width: shape.width };
+    let bias = bias.map(|bias| bias_values(op, bias, w)).transpose()?;
     let rows = RowGrads { labels, lse: &lse, entropy: &entropy, dlogp: &dlogp, dentropy: dentropy.as_deref() };
     // A separate buffer: `dw` and `dbias` may share a storage, which can be locked for writing only once.
     let mut column_sums = vec![0.0; if dbias.is_some() { shape.vocabulary } else { 0 }];
-    let dh = match dw {
-        Some(dw) => view_mut(op, dw, |dw| backward_rows(&head, &h, &rows, Some(dw), &mut column_sums))?,
-        None => backward_rows(&head, &h, &rows, None, &mut column_sums),
-    };
+    let dh = with_element!(op, w.dtype(), E => {
+        let (h, w) = (view_of::<E>(op, h)?, view_of::<E>(op, w)?);
+        let head = Head { w: &w, bias: bias.as_deref(), first_entry, inv_temperature, width: shape.width };
+        match dw {
+            Some(dw) => view_mut(op, dw, |dw| backward_rows(&head, &h, &rows, Some(dw), &mut column_sums)),
+            None => Ok(backward_rows(&head, &h, &rows, None, &mut column_sums)),
+        }
+    })?;
     if let Some(dbias) = dbias {
         view_mut(op, dbias, |dbias| {
             for (total, term) in dbias.iter_mut().zip(&column_sums) {

@@ -3,19 +3,20 @@
 use rayon::prelude::*;
 
 use super::Activation;
+use crate::element::Element;
 use crate::math::{exp, normal_cdf, sigmoid};
 use crate::simd::{fma, simd_fn};
-use crate::view::rows_per_task;
+use crate::view::{Output, rows_per_task};
 
 /// Elements per task of the plain activations.
 const CHUNK: usize = 16_384;
 
-pub(super) fn gated(gate_up: &[f32], width: usize, act: Activation, y: &mut [f32]) {
+pub(super) fn gated<E: Element>(gate_up: &[E], width: usize, act: Activation, y: &mut Output<E>) {
     if width == 0 {
         return;
     }
     let rows = rows_per_task(width);
-    y.par_chunks_mut(rows * width).zip(gate_up.par_chunks(rows * 2 * width)).for_each(|(y, gate_up)| {
+    y.chunks(rows * width).zip(gate_up.par_chunks(rows * 2 * width)).for_each(|(y, gate_up)| {
         for (y, row) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
             let (gate, up) = row.split_at(width);
             gated_row(gate, up, act, y);
@@ -23,13 +24,13 @@ pub(super) fn gated(gate_up: &[f32], width: usize, act: Activation, y: &mut [f32
     });
 }
 
-pub(super) fn gated_backward(dy: &[f32], gate_up: &[f32], width: usize, act: Activation, dx: &mut [f32]) {
+pub(super) fn gated_backward<E: Element>(dy: &[E], gate_up: &[E], width: usize, act: Activation, dx: &mut Output<E>) {
     if width == 0 {
         return;
     }
     let rows = rows_per_task(width);
     let inputs = dy.par_chunks(rows * width).zip(gate_up.par_chunks(rows * 2 * width));
-    dx.par_chunks_mut(rows * 2 * width).zip(inputs).for_each(|(dx, (dy, gate_up))| {
+    dx.chunks(rows * 2 * width).zip(inputs).for_each(|(dx, (dy, gate_up))| {
         let inputs = dy.chunks_exact(width).zip(gate_up.chunks_exact(2 * width));
         for (dx, (dy, row)) in dx.chunks_exact_mut(2 * width).zip(inputs) {
             let (gate, up) = row.split_at(width);
@@ -39,13 +40,13 @@ pub(super) fn gated_backward(dy: &[f32], gate_up: &[f32], width: usize, act: Act
     });
 }
 
-pub(super) fn activation(x: &[f32], act: Activation, y: &mut [f32]) {
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| plain(x, act, y));
+pub(super) fn activation<E: Element>(x: &[E], act: Activation, y: &mut Output<E>) {
+    y.chunks(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| plain(x, act, y));
 }
 
-pub(super) fn activation_backward(dy: &[f32], x: &[f32], act: Activation, dx: &mut [f32]) {
+pub(super) fn activation_backward<E: Element>(dy: &[E], x: &[E], act: Activation, dx: &mut Output<E>) {
     let inputs = dy.par_chunks(CHUNK).zip(x.par_chunks(CHUNK));
-    dx.par_chunks_mut(CHUNK).zip(inputs).for_each(|(dx, (dy, x))| plain_backward(dy, x, act, dx));
+    dx.chunks(CHUNK).zip(inputs).for_each(|(dx, (dy, x))| plain_backward(dy, x, act, dx));
 }
 
 /// Value and derivative at `x`.
@@ -108,64 +109,64 @@ macro_rules! for_activation {
 }
 
 simd_fn! {
-    fn gated_row(gate: &[f32], up: &[f32], act: Activation, y: &mut [f32]) = gated_row_body;
+    fn gated_row<E: Element>(gate: &[E], up: &[E], act: Activation, y: &mut [E]) = gated_row_body;
 }
 
 #[inline(always)]
-fn gated_row_body<const FMA: bool>(gate: &[f32], up: &[f32], act: Activation, y: &mut [f32]) {
+fn gated_row_body<E: Element, const FMA: bool>(gate: &[E], up: &[E], act: Activation, y: &mut [E]) {
     for_activation!(act, f => {
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            *y = f(*gate).0 * up;
+            *y = E::narrow(f(gate.wide()).0 * up.wide());
         }
     });
 }
 
 simd_fn! {
-    fn gated_backward_row(dy: &[f32], gate: &[f32], up: &[f32], act: Activation, dgate: &mut [f32], dup: &mut [f32])
+    fn gated_backward_row<E: Element>(dy: &[E], gate: &[E], up: &[E], act: Activation, dgate: &mut [E], dup: &mut [E])
         = gated_backward_row_body;
 }
 
 #[inline(always)]
-fn gated_backward_row_body<const FMA: bool>(
-    dy: &[f32],
-    gate: &[f32],
-    up: &[f32],
+fn gated_backward_row_body<E: Element, const FMA: bool>(
+    dy: &[E],
+    gate: &[E],
+    up: &[E],
     act: Activation,
-    dgate: &mut [f32],
-    dup: &mut [f32],
+    dgate: &mut [E],
+    dup: &mut [E],
 ) {
     for_activation!(act, f => {
         let inputs = dy.iter().zip(gate).zip(up);
         for ((dgate, dup), ((dy, gate), up)) in dgate.iter_mut().zip(dup).zip(inputs) {
-            let (value, slope) = f(*gate);
-            *dgate = dy * up * slope;
-            *dup = dy * value;
+            let ((value, slope), dy) = (f(gate.wide()), dy.wide());
+            *dgate = E::narrow(dy * up.wide() * slope);
+            *dup = E::narrow(dy * value);
         }
     });
 }
 
 simd_fn! {
-    fn plain(x: &[f32], act: Activation, y: &mut [f32]) = plain_body;
+    fn plain<E: Element>(x: &[E], act: Activation, y: &mut [E]) = plain_body;
 }
 
 #[inline(always)]
-fn plain_body<const FMA: bool>(x: &[f32], act: Activation, y: &mut [f32]) {
+fn plain_body<E: Element, const FMA: bool>(x: &[E], act: Activation, y: &mut [E]) {
     for_activation!(act, f => {
         for (y, x) in y.iter_mut().zip(x) {
-            *y = f(*x).0;
+            *y = E::narrow(f(x.wide()).0);
         }
     });
 }
 
 simd_fn! {
-    fn plain_backward(dy: &[f32], x: &[f32], act: Activation, dx: &mut [f32]) = plain_backward_body;
+    fn plain_backward<E: Element>(dy: &[E], x: &[E], act: Activation, dx: &mut [E]) = plain_backward_body;
 }
 
 #[inline(always)]
-fn plain_backward_body<const FMA: bool>(dy: &[f32], x: &[f32], act: Activation, dx: &mut [f32]) {
+fn plain_backward_body<E: Element, const FMA: bool>(dy: &[E], x: &[E], act: Activation, dx: &mut [E]) {
     for_activation!(act, f => {
         for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
-            *dx = dy * f(*x).1;
+            *dx = E::narrow(dy.wide() * f(x.wide()).1);
         }
     });
 }

@@ -4,12 +4,15 @@
 //! - GELU (Hendrycks and Gimpel 2016): `x Φ(x)`, and its tanh form `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`
 //! - gated units (Shazeer 2020, *GLU variants*): `act(gate) · up`
 //!
-//! The tanh form is computed as the equal `x σ(2u)`, which keeps its digits for negative `x`.
+//! The tanh form is computed as the equal `x σ(2u)`, which keeps its digits for negative `x`. All tensors of a call are
+//! of one dtype, f32 or bf16.
 
 use candle_core::Tensor;
 
-use crate::error::check_dims;
-use crate::view::{tensor, view};
+use crate::element::with_element;
+use crate::error::{check_dims, check_dtype};
+use crate::profile::{Class, time};
+use crate::view::{Output, view_of};
 use crate::{Error, Result};
 
 mod cpu;
@@ -49,11 +52,14 @@ fn gated_dims(op: &'static str, gate_up: &Tensor) -> Result<(usize, usize)> {
 /// # Errors
 /// If the shape, dtype or device does not fit.
 pub fn gated(gate_up: &Tensor, act: Activation) -> Result<Tensor> {
+    let _timer = time(Class::Mlp, 0);
     const OP: &str = "gated";
     let (rows, width) = gated_dims(OP, gate_up)?;
-    let mut y = vec![0.0; rows * width];
-    cpu::gated(&view(OP, gate_up)?, width, act, &mut y);
-    tensor(y, (rows, width))
+    with_element!(OP, gate_up.dtype(), E => {
+        let mut y = Output::<E>::new(rows * width);
+        cpu::gated(&view_of::<E>(OP, gate_up)?, width, act, &mut y);
+        y.into_tensor((rows, width))
+    })
 }
 
 /// Backward of [`gated`]: `dy [T, f]` to the gradient of `gate_up`, `[T, 2f]`.
@@ -61,12 +67,16 @@ pub fn gated(gate_up: &Tensor, act: Activation) -> Result<Tensor> {
 /// # Errors
 /// If a shape, dtype or device does not fit.
 pub fn gated_backward(dy: &Tensor, gate_up: &Tensor, act: Activation) -> Result<Tensor> {
+    let _timer = time(Class::Mlp, 0);
     const OP: &str = "gated_backward";
     let (rows, width) = gated_dims(OP, gate_up)?;
     check_dims(OP, "dy", &[rows, width], dy.dims())?;
-    let mut dx = vec![0.0; rows * 2 * width];
-    cpu::gated_backward(&view(OP, dy)?, &view(OP, gate_up)?, width, act, &mut dx);
-    tensor(dx, (rows, 2 * width))
+    check_dtype(OP, "dtype of dy", gate_up.dtype(), dy)?;
+    with_element!(OP, gate_up.dtype(), E => {
+        let mut dx = Output::<E>::new(rows * 2 * width);
+        cpu::gated_backward(&view_of::<E>(OP, dy)?, &view_of::<E>(OP, gate_up)?, width, act, &mut dx);
+        dx.into_tensor((rows, 2 * width))
+    })
 }
 
 /// `act(x)`, element by element, for `x [T, f]`.
@@ -74,11 +84,14 @@ pub fn gated_backward(dy: &Tensor, gate_up: &Tensor, act: Activation) -> Result<
 /// # Errors
 /// If the shape, dtype or device does not fit.
 pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
+    let _timer = time(Class::Mlp, 0);
     const OP: &str = "activation";
     let (rows, width) = matrix(OP, "x", x)?;
-    let mut y = vec![0.0; rows * width];
-    cpu::activation(&view(OP, x)?, act, &mut y);
-    tensor(y, (rows, width))
+    with_element!(OP, x.dtype(), E => {
+        let mut y = Output::<E>::new(rows * width);
+        cpu::activation(&view_of::<E>(OP, x)?, act, &mut y);
+        y.into_tensor((rows, width))
+    })
 }
 
 /// Backward of [`activation`]: `dy · act'(x)`, all `[T, f]`.
@@ -86,10 +99,14 @@ pub fn activation(x: &Tensor, act: Activation) -> Result<Tensor> {
 /// # Errors
 /// If a shape, dtype or device does not fit.
 pub fn activation_backward(dy: &Tensor, x: &Tensor, act: Activation) -> Result<Tensor> {
+    let _timer = time(Class::Mlp, 0);
     const OP: &str = "activation_backward";
     let (rows, width) = matrix(OP, "x", x)?;
     check_dims(OP, "dy", &[rows, width], dy.dims())?;
-    let mut dx = vec![0.0; rows * width];
-    cpu::activation_backward(&view(OP, dy)?, &view(OP, x)?, act, &mut dx);
-    tensor(dx, (rows, width))
+    check_dtype(OP, "dtype of dy", x.dtype(), dy)?;
+    with_element!(OP, x.dtype(), E => {
+        let mut dx = Output::<E>::new(rows * width);
+        cpu::activation_backward(&view_of::<E>(OP, dy)?, &view_of::<E>(OP, x)?, act, &mut dx);
+        dx.into_tensor((rows, width))
+    })
 }

@@ -13,7 +13,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::error::check_dims;
-use crate::view::view;
+use crate::view::{view, view_mut};
 
 /// Elements of a block of [`block_sum_squares`]. Part of the order of arithmetic: changing it changes results.
 pub const BLOCK: usize = 1024;
@@ -63,6 +63,18 @@ pub fn add_slice(target: &mut [f32], term: &[f32]) -> Result<()> {
     check_dims("add_slice", "term", &[target.len()], &[term.len()])?;
     cpu::add(target, term);
     Ok(())
+}
+
+/// `target ← target + term` for f32 tensors of one shape, in place: a residual connection into the branch's output, which
+/// nobody else reads.
+///
+/// # Errors
+/// If a shape, dtype or device does not fit.
+pub fn add_in_place(target: &Tensor, term: &Tensor) -> Result<()> {
+    const OP: &str = "add_in_place";
+    check_dims(OP, "term", target.dims(), term.dims())?;
+    let term = view(OP, term)?;
+    view_mut(OP, target, |target| cpu::add(target, &term))
 }
 
 /// `target ← target · factor`, element by element.

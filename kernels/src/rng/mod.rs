@@ -19,6 +19,7 @@
 mod normal;
 mod philox;
 
+use self::philox::philox4x32_lanes;
 pub use philox::philox4x32;
 
 /// What random numbers are for: streams of different purposes are unrelated.
@@ -60,6 +61,14 @@ impl Philox {
     pub fn block(&self, sample: u64, position: u32, counter: u32) -> [u32; 4] {
         let [low, high] = halves(sample);
         philox4x32([low, high, position, counter], self.key)
+    }
+
+    /// [`Philox::block`] of `N` consecutive counters, word by word.
+    #[inline(always)]
+    pub(crate) fn blocks<const N: usize>(&self, sample: u64, position: u32, first: u32) -> [[u32; N]; 4] {
+        let [low, high] = halves(sample);
+        let counters = std::array::from_fn(|lane| first.wrapping_add(lane as u32));
+        philox4x32_lanes([[low; N], [high; N], [position; N], counters], self.key)
     }
 
     /// A number in `[0, 1)` with 53 random bits.

@@ -20,3 +20,23 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     }
     [c0, c1, c2, c3]
 }
+
+/// [`philox4x32`] of `N` counters at once, word by word: `counter[i][lane]` is word `i` of counter `lane`.
+#[inline(always)]
+pub(crate) fn philox4x32_lanes<const N: usize>(counter: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
+    let mut c = counter;
+    let [mut k0, mut k1] = key;
+    for _ in 0..ROUNDS {
+        for lane in 0..N {
+            let first = u64::from(c[0][lane]) * u64::from(MULTIPLIERS[0]);
+            let second = u64::from(c[2][lane]) * u64::from(MULTIPLIERS[1]);
+            c[0][lane] = (second >> 32) as u32 ^ c[1][lane] ^ k0;
+            c[1][lane] = second as u32;
+            c[2][lane] = (first >> 32) as u32 ^ c[3][lane] ^ k1;
+            c[3][lane] = first as u32;
+        }
+        k0 = k0.wrapping_add(WEYL[0]);
+        k1 = k1.wrapping_add(WEYL[1]);
+    }
+    c
+}

@@ -2,11 +2,12 @@
 
 use rayon::prelude::*;
 
+use crate::element::Element;
 use crate::simd::{fma, simd_fn};
 use crate::view::rows_per_task;
 
-pub(super) fn rotate(
-    x: &mut [f32],
+pub(super) fn rotate<E: Element>(
+    x: &mut [E],
     width: usize,
     heads: usize,
     head_dim: usize,
@@ -30,20 +31,20 @@ pub(super) fn rotate(
 }
 
 simd_fn! {
-    fn rotate_heads(row: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) = rotate_heads_body;
+    fn rotate_heads<E: Element>(row: &mut [E], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) = rotate_heads_body;
 }
 
 #[inline(always)]
-fn rotate_heads_body<const FMA: bool>(row: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) {
+fn rotate_heads_body<E: Element, const FMA: bool>(row: &mut [E], head_dim: usize, cos: &[f32], sin: &[f32], sign: f32) {
     let half = cos.len();
     let sin = &sin[..half];
     for head in row.chunks_exact_mut(head_dim) {
         let (first, rest) = head.split_at_mut(half);
         let second = &mut rest[..half];
         for i in 0..half {
-            let (a, b, s) = (first[i], second[i], sign * sin[i]);
-            first[i] = fma::<FMA>(a, cos[i], -(b * s));
-            second[i] = fma::<FMA>(b, cos[i], a * s);
+            let (a, b, s) = (first[i].wide(), second[i].wide(), sign * sin[i]);
+            first[i] = E::narrow(fma::<FMA>(a, cos[i], -(b * s)));
+            second[i] = E::narrow(fma::<FMA>(b, cos[i], a * s));
         }
     }
 }

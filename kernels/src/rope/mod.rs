@@ -2,11 +2,14 @@
 //!
 //! Su et al. 2021 (*RoFormer*), eq. 34, in the half-split layout of GPT-NeoX and Llama: with `r` rotated coordinates per
 //! head, coordinate `i < r/2` is paired with `i + r/2` and turned by the angle `position · theta^(-2i/r)`. Coordinates
-//! from `r` on (GPT-NeoX's `rotary_pct`) stay. The backward is the inverse rotation.
+//! from `r` on (GPT-NeoX's `rotary_pct`) stay. The backward is the inverse rotation. The elements are
+//! f32 or bf16; angles and arithmetic are f32.
 
 use candle_core::Tensor;
 
-use crate::view::{tensor, view, view_mut};
+use crate::element::with_element;
+use crate::profile::{Class, time};
+use crate::view::{tensor, view, view_mut_of};
 use crate::{Error, Result};
 
 mod cpu;
@@ -129,6 +132,7 @@ pub fn rope_qkv(
     positions: &[u32],
     inverse: bool,
 ) -> Result<()> {
+    let _timer = time(Class::Rows, 0);
     const OP: &str = "rope_qkv";
     let all_heads = heads + 2 * kv_heads;
     let &[rows, width] = qkv.dims() else {
@@ -168,5 +172,8 @@ fn rotate(
         return Err(Error::Index { op, what: "position", index: position as usize, limit });
     }
     let (cos, sin) = (view(op, &table.cos)?, view(op, &table.sin)?);
-    view_mut(op, x, |x| cpu::rotate(x, width, heads, head_dim, table.rotary_dim() / 2, &cos, &sin, positions, inverse))
+    let half = table.rotary_dim() / 2;
+    with_element!(op, x.dtype(), E => view_mut_of::<E, _>(op, x, |x| {
+        cpu::rotate(x, width, heads, head_dim, half, &cos, &sin, positions, inverse);
+    }))
 }

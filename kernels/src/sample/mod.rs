@@ -21,6 +21,7 @@ pub use shard::{
 };
 
 use crate::error::check_dims;
+use crate::profile::{Class, time};
 use crate::view::view;
 use crate::{Error, Result};
 
@@ -51,6 +52,7 @@ pub struct SampleRequest<'a> {
 
 /// [`sample_row`] for each row of `logits`, `[N, V]`, in parallel.
 pub fn sample_rows(logits: &Tensor, requests: &[SampleRequest]) -> Result<Vec<Sampled>> {
+    let _timer = time(Class::Sample, 0);
     const OP: &str = "sample_rows";
     let &[_, vocabulary] = logits.dims() else {
         return Err(Error::shape(OP, "logits", "[N, V]", logits.dims()));

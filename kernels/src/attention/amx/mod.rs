@@ -1,0 +1,119 @@
+//! Bf16 attention on matrix tiles: products of bf16 with sums in f32, everything between in AVX-512.
+//!
+//! The order of arithmetic is that of [`super`] with these differences: exponentials are powers of two, the
+//! probabilities enter `P V` rounded to bf16 (their sum is of the unrounded), and a product's chain runs over pairs, as
+//! the tiles do it. In the backward, `P` and `dS` enter their products rounded to bf16.
+//!
+//! A row of a tile does not know its neighbours, so a decoded row has the bits of the forward's. Probabilities of hidden
+//! keys are exactly zero and add zeros, whose sign the final division takes away.
+
+mod backward;
+mod decode;
+mod forward;
+mod product;
+mod scores;
+mod vector;
+
+pub(super) use backward::backward;
+pub(super) use decode::decode;
+pub(super) use forward::forward;
+
+use half::bf16;
+
+use super::layout::padded_pairs;
+use super::{AttentionSpec, BLOCK_KEYS};
+
+/// Elements of one head's block in any of its layouts.
+fn block_len(spec: &AttentionSpec) -> usize {
+    padded_pairs(spec.head_dim) * BLOCK_KEYS
+}
+
+/// The columns of one head in rows of `width`.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    /// The rows.
+    source: &'a [bf16],
+    width: usize,
+    /// First column.
+    column: usize,
+    /// Columns, D.
+    head_dim: usize,
+}
+
+impl<'a> Head<'a> {
+    fn rows(&self) -> usize {
+        self.source.len() / self.width
+    }
+
+    fn row(&self, row: usize) -> &'a [bf16] {
+        &self.source[row * self.width + self.column..][..self.head_dim]
+    }
+}
+
+/// A cache line, so that tile rows do not straddle two.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Zeroed room for numbers, aligned to cache lines.
+struct Room<T> {
+    lines: Vec<Line>,
+    len: usize,
+    element: std::marker::PhantomData<T>,
+}
+
+/// A number of which zero bits are one.
+trait Number: Copy {}
+impl Number for bf16 {}
+impl Number for f32 {}
+
+impl<T: Number> Room<T> {
+    fn new(len: usize) -> Self {
+        let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+        Self { lines: vec![Line([0; 64]); lines], len, element: std::marker::PhantomData }
+    }
+}
+
+impl<T: Number> std::ops::Deref for Room<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: the lines hold at least `len` numbers, all bits of which were written, and any bits are a number.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl<T: Number> std::ops::DerefMut for Room<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+/// A slice of which tasks write disjoint parts.
+#[derive(Clone, Copy)]
+struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    slice: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: parts are handed out by an unsafe function that requires them to be disjoint.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), slice: std::marker::PhantomData }
+    }
+
+    /// The `len` elements from `from` on.
+    ///
+    /// # Safety
+    /// No other part that overlaps may be alive.
+    unsafe fn part(&self, from: usize, len: usize) -> &'a mut [T] {
+        assert!(from + len <= self.len, "part {from} + {len} of {}", self.len);
+        // SAFETY: in bounds, and exclusive by contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
+    }
+}

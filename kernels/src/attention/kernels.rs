@@ -1,0 +1,74 @@
+//! Which kernels an element type takes: f32 the register tiles, bf16 the matrix tiles where there are any.
+
+use half::bf16;
+
+use super::backward::{self, Inputs};
+use super::blocks::Block;
+use super::cache::CacheView;
+use super::layout::Stored;
+use super::{AttentionSpec, decode, forward};
+
+/// The kernels of an element type; see [`super::attention`], [`super::attention_backward`], [`super::decode_attention`].
+pub(super) trait Kernels: Stored {
+    fn forward(qkv: &[Self], blocks: &[Block], spec: &AttentionSpec, o: &mut [Self], lse: &mut [f32]) {
+        forward::forward(qkv, blocks, spec, o, lse);
+    }
+
+    fn backward(inputs: Inputs<Self>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [Self]) {
+        backward::backward(inputs, blocks, spec, dqkv);
+    }
+
+    fn decode(
+        qkv: &[Self],
+        cache: &CacheView<'_, Self>,
+        rows: &[(usize, usize)],
+        spec: &AttentionSpec,
+        o: &mut [Self],
+    ) {
+        decode::decode(qkv, cache, rows, spec, o);
+    }
+}
+
+impl Kernels for f32 {}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Kernels for bf16 {}
+
+#[cfg(target_arch = "x86_64")]
+impl Kernels for bf16 {
+    fn forward(qkv: &[bf16], blocks: &[Block], spec: &AttentionSpec, o: &mut [bf16], lse: &mut [f32]) {
+        if tiles() {
+            super::amx::forward(qkv, blocks, spec, o, lse);
+        } else {
+            forward::forward(qkv, blocks, spec, o, lse);
+        }
+    }
+
+    fn backward(inputs: Inputs<bf16>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [bf16]) {
+        if tiles() {
+            super::amx::backward(inputs, blocks, spec, dqkv);
+        } else {
+            backward::backward(inputs, blocks, spec, dqkv);
+        }
+    }
+
+    fn decode(
+        qkv: &[bf16],
+        cache: &CacheView<'_, bf16>,
+        rows: &[(usize, usize)],
+        spec: &AttentionSpec,
+        o: &mut [bf16],
+    ) {
+        if tiles() {
+            super::amx::decode(qkv, cache, rows, spec, o);
+        } else {
+            decode::decode(qkv, cache, rows, spec, o);
+        }
+    }
+}
+
+/// Whether bf16 goes by matrix tiles.
+#[cfg(target_arch = "x86_64")]
+fn tiles() -> bool {
+    crate::Isa::active() == crate::Isa::Amx
+}
