@@ -293,7 +293,7 @@ impl Engine<Train> {
             let is_new = copy.is_none();
             let (model, moved) = self.model.inference_copy(copy, self.switching.gather_units)?;
             let elements: usize = model.layouts().iter().map(|layout| layout.len()).sum();
-            allocated_bytes += if is_new { 4 * elements as u64 } else { 0 };
+            allocated_bytes += if is_new { (model.precision().bytes() * elements) as u64 } else { 0 };
             (model, moved)
         };
         let cache = match cache.filter(|cache| cache.holds(size)) {
@@ -304,6 +304,7 @@ impl Engine<Train> {
                 cache
             }
         };
+        model.keep_packed(true);
         let Self { model: trained, optimizer, placement, switching, .. } = self;
         let engine = Engine { model: trained, optimizer, placement, switching, mode: Generate { model, cache } };
         Ok((engine, SwitchReport { moved_bytes, allocated_bytes, elapsed: start.elapsed() }))
@@ -337,6 +338,7 @@ impl Engine<Generate> {
     pub fn into_train(self) -> Result<(Engine<Train>, SwitchReport)> {
         let start = Instant::now();
         let Self { model, optimizer, placement, switching, mode: Generate { model: copy, cache } } = self;
+        copy.keep_packed(false);
         let copy = (switching.pin_parameters && !model.generates_in_place()).then_some(copy);
         let cache = (!switching.release_inference_cache).then_some(cache);
         let grads = Gradients::new(&placement, &model.trained_layouts())?;

@@ -11,6 +11,7 @@ pub mod generate;
 mod hybrid;
 pub mod model;
 pub mod parallel;
+mod precision;
 pub mod train;
 
 pub use batch::{MicroBatch, Packed};
@@ -18,3 +19,4 @@ pub use error::{Error, Result};
 pub use hybrid::{Engine, Generate, SwitchConfig, SwitchReport, Train};
 pub use model::lora::{self, LoraConfig};
 pub use model::{Dropout, LogProbs, Model, Recompute};
+pub use precision::Precision;

@@ -5,6 +5,7 @@ use tandem_kernels::attention::{AttentionSpec, KvCacheLayer};
 use crate::Result;
 use crate::model::Model;
 use crate::model::spec::ModelSpec;
+use crate::precision::Precision;
 
 /// Room for sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,10 +17,11 @@ pub struct CacheSize {
 }
 
 impl CacheSize {
-    /// Bytes that a cache of this size takes for a model of `spec`.
-    pub fn bytes(&self, spec: &ModelSpec) -> usize {
-        let padded = self.max_len.next_multiple_of(tandem_kernels::attention::BLOCK_KEYS);
-        2 * 4 * spec.layers * self.slots * padded * spec.kv_heads * spec.head_dim
+    /// Bytes that a cache of this size takes for a model of `spec` that computes in `precision`.
+    pub fn bytes(&self, spec: &ModelSpec, precision: Precision) -> usize {
+        let Self { slots, max_len } = *self;
+        let layer = KvCacheLayer::bytes_for(slots, max_len, spec.kv_heads, spec.head_dim, precision.dtype());
+        spec.layers * layer.expect("there are caches of every precision")
     }
 }
 
@@ -37,8 +39,10 @@ impl KvCache {
     /// # Errors
     /// If the memory cannot be had or a size is zero.
     pub fn new(model: &Model, size: CacheSize) -> Result<Self> {
-        let piece =
-            |piece: &AttentionSpec| Ok(KvCacheLayer::new(size.slots, size.max_len, piece.kv_heads, piece.head_dim)?);
+        let dtype = model.precision().dtype();
+        let piece = |piece: &AttentionSpec| {
+            Ok(KvCacheLayer::new(size.slots, size.max_len, piece.kv_heads, piece.head_dim, dtype)?)
+        };
         let layer = |_| model.attention().iter().map(piece).collect::<Result<_>>();
         Ok(Self { layers: (0..model.spec().layers).map(layer).collect::<Result<_>>()?, size })
     }

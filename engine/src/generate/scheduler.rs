@@ -54,7 +54,10 @@ pub fn generate(
     let samples: usize = requests.iter().map(|r| r.samples.len()).sum();
     let size = CacheSize { slots: slots.clamp(1, samples.max(1)), max_len };
     let cache = KvCache::new(model, size)?;
-    Scheduler::new(model, &cache, key, prefill_tokens).run(requests, on_token)
+    model.keep_packed(true);
+    let completions = Scheduler::new(model, &cache, key, prefill_tokens).run(requests, on_token);
+    model.keep_packed(false);
+    completions
 }
 
 impl<'a> Scheduler<'a> {

@@ -8,10 +8,12 @@
 use candle_core::Tensor;
 use tandem_kernels::attention::{AttentionSaved, AttentionSpec, attention, attention_backward};
 use tandem_kernels::norm::NormStats;
+use tandem_kernels::reduce::add_in_place;
 use tandem_kernels::rope::rope_qkv;
+use tandem_kernels::slice::to_f32;
 use tandem_kernels::{dropout, gemm, mlp};
 
-use super::linear::{Map, linear, linear_backward, norm, norm_backward};
+use super::linear::{Map, linear, linear_backward, linear_backward_f32, linear_f32, norm, norm_backward, rounded};
 use super::lora::{Adapted, Low};
 use super::pass::Pass;
 use super::pieces;
@@ -117,7 +119,7 @@ impl Block<'_> {
                     rope_qkv(&qkv, heads, kv_heads, table, pass.positions, false)?;
                 }
                 let (attended, softmax) = attend(place, &qkv)?;
-                outputs.push(linear(self.weights, piece, self.inward(OUTPUT_MAP), &attended)?);
+                outputs.push(linear_f32(self.weights, piece, self.inward(OUTPUT_MAP), &attended)?);
                 saved.push((Attended { qkv, attended }, softmax));
             }
             let out = self.join(outputs, pass, OUTPUT_MAP)?;
@@ -134,7 +136,7 @@ impl Block<'_> {
                 self.adapted.write(UP, piece, &first, &up)?;
                 let activated =
                     if spec.gated { mlp::gated(&up, spec.activation)? } else { mlp::activation(&up, spec.activation)? };
-                outputs.push(linear(self.weights, piece, self.inward(DOWN_MAP), &activated)?);
+                outputs.push(linear_f32(self.weights, piece, self.inward(DOWN_MAP), &activated)?);
                 saved.push(Activated { up, activated });
             }
             let out = self.join(outputs, pass, DOWN_MAP)?;
@@ -165,7 +167,7 @@ impl Block<'_> {
     fn join(&self, outputs: Vec<Tensor>, pass: &Pass<'_>, map: Map) -> Result<Tensor> {
         let out = pieces::sum(outputs, pass.tensor, map.weight)?;
         match map.bias.map(|bias| self.weights.find(bias)).transpose()?.flatten() {
-            Some(bias) if self.weights.layout().cut.pieces > 1 => Ok(out.broadcast_add(&bias)?),
+            Some(bias) if self.weights.layout().cut.pieces > 1 => Ok(out.broadcast_add(&to_f32(&bias)?)?),
             _ => Ok(out),
         }
     }
@@ -189,14 +191,16 @@ impl Block<'_> {
         compute: impl FnOnce(&Tensor) -> Result<(Tensor, S)>,
     ) -> Result<(Tensor, BranchSaved, S)> {
         if self.spec.post_norm {
-            let (out, inner) = compute(x)?;
-            let sum = (x + out)?;
-            let (y, stats) = norm(&sum)?;
-            Ok((y, BranchSaved { norm_input: sum, stats, input: x.clone() }, inner))
+            let input = rounded(self.weights, x)?;
+            let (out, inner) = compute(&input)?;
+            add_in_place(&out, x)?;
+            let (y, stats) = norm(&out)?;
+            Ok((y, BranchSaved { norm_input: out, stats, input }, inner))
         } else {
             let (input, stats) = norm(x)?;
             let (out, inner) = compute(&input)?;
-            Ok(((x + out)?, BranchSaved { norm_input: x.clone(), stats, input }, inner))
+            add_in_place(&out, x)?;
+            Ok((out, BranchSaved { norm_input: x.clone(), stats, input }, inner))
         }
     }
 
@@ -215,6 +219,7 @@ impl Block<'_> {
         let dh = self.branch_backward(&mlp, dy, grads, (NORM2, NORM2_BIAS), |dy| {
             let dy = self.dropout(dy, pass, Site::Mlp)?;
             self.join_backward(&dy, grads, DOWN_MAP)?;
+            let dy = rounded(self.weights, &dy)?;
             let low = adapted.spread_backward(DOWN, &mlp_low.second, &dy, trained)?;
             let (mut inputs, mut rising) = (Vec::new(), Vec::new());
             for (piece, Activated { up, activated }) in self.numbers().zip(&activated) {
@@ -226,7 +231,7 @@ impl Block<'_> {
                 } else {
                     mlp::activation_backward(&d_activated, up, spec.activation)?
                 };
-                inputs.push(linear_backward(self.weights, grads, piece, UP_MAP, &mlp.input, &d_up)?);
+                inputs.push(linear_backward_f32(self.weights, grads, piece, UP_MAP, &mlp.input, &d_up)?);
                 adapted.write_backward(UP, piece, &mlp_low.first, &d_up, trained, &mut rising)?;
             }
             let dx = pieces::sum(inputs, pass.tensor, "gradient of the mlp's input")?;
@@ -237,6 +242,7 @@ impl Block<'_> {
         self.branch_backward(&attention, &dh, grads, (NORM1, NORM1_BIAS), |dy| {
             let dy = self.dropout(dy, pass, Site::Attention)?;
             self.join_backward(&dy, grads, OUTPUT_MAP)?;
+            let dy = rounded(self.weights, &dy)?;
             let low = adapted.spread_backward(OUTPUT, &attention_low.second, &dy, trained)?;
             let (mut inputs, mut rising) = (Vec::new(), Vec::new());
             for ((place, piece), (Attended { qkv, attended }, softmax)) in self.pieces().zip(&attended) {
@@ -248,7 +254,7 @@ impl Block<'_> {
                 if let Some(table) = pass.rope {
                     rope_qkv(&dqkv, spec.heads, spec.kv_heads, table, pass.positions, true)?;
                 }
-                inputs.push(linear_backward(self.weights, grads, piece, QKV_MAP, &attention.input, &dqkv)?);
+                inputs.push(linear_backward_f32(self.weights, grads, piece, QKV_MAP, &attention.input, &dqkv)?);
                 adapted.write_backward(QKV, piece, &attention_low.first, &dqkv, trained, &mut rising)?;
             }
             let dx = pieces::sum(inputs, pass.tensor, "gradient of the attention's input")?;
@@ -266,14 +272,16 @@ impl Block<'_> {
         (weight, bias): (&str, &str),
         compute: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let through_norm = |dy: &Tensor| {
-            norm_backward(self.spec, self.weights, grads, weight, bias, &saved.norm_input, &saved.stats, dy)
+        let through_norm = |dy: &Tensor, past: Option<&Tensor>| {
+            norm_backward(self.spec, self.weights, grads, weight, bias, &saved.norm_input, &saved.stats, dy, past)
         };
         if self.spec.post_norm {
-            let d_sum = through_norm(dy)?;
-            Ok((&d_sum + compute(&d_sum)?)?)
+            let d_sum = through_norm(dy, None)?;
+            let dx = compute(&d_sum)?;
+            add_in_place(&dx, &d_sum)?;
+            Ok(dx)
         } else {
-            Ok((dy + through_norm(&compute(dy)?)?)?)
+            through_norm(&compute(dy)?, Some(dy))
         }
     }
 

@@ -7,7 +7,7 @@ use tandem_kernels::norm::NormStats;
 use tandem_kernels::{dropout, gemm};
 
 use super::exchange;
-use super::linear::{norm, norm_backward};
+use super::linear::{norm, norm_backward, rounded};
 use super::pass::Pass;
 use super::pieces;
 use super::spec::{ModelSpec, PositionKind};
@@ -52,7 +52,10 @@ impl Ends<'_> {
     pub(super) fn embed(&self, ids: &[u32], pass: &Pass<'_>) -> Result<(Tensor, EmbedSaved)> {
         let embedded = self.lookup(ids)?;
         let (x, saved) = match self.weights.find(PROJECT_IN)? {
-            Some(project) => (gemm::linear(&embedded, &project, None)?, Some(embedded)),
+            Some(project) => {
+                let embedded = rounded(self.weights, &embedded)?;
+                (gemm::linear_f32(&embedded, &project, None)?, Some(embedded))
+            }
             None => (embedded, None),
         };
         if let PositionKind::Learned { offset } = self.spec.positions {
@@ -77,8 +80,9 @@ impl Ends<'_> {
         }
         let d_embedded = match &saved.embedded {
             Some(embedded) => {
+                let dx = rounded(self.weights, &dx)?;
                 gemm::linear_weight_grad(&dx, embedded, &grads.get(PROJECT_IN)?)?;
-                gemm::linear_input_grad(&dx, &self.weights.get(PROJECT_IN)?)?
+                gemm::linear_input_grad_f32(&dx, &self.weights.get(PROJECT_IN)?)?
             }
             None => dx,
         };
@@ -134,7 +138,7 @@ impl Ends<'_> {
             let (h, stats) = norm(self.spec, self.weights, FINAL_NORM, FINAL_NORM_BIAS, &selected)?;
             (h, Some((selected, stats)))
         } else {
-            (selected, None)
+            (rounded(self.weights, &selected)?, None)
         };
         let (h, projected) = match self.weights.find(PROJECT_OUT)? {
             Some(project) => (gemm::linear(&h, &project, None)?, Some(h)),
@@ -153,16 +157,17 @@ impl Ends<'_> {
     ) -> Result<Tensor> {
         let dh = match &saved.projected {
             Some(input) => {
+                let dh = rounded(self.weights, &dh)?;
                 if let Some(grads) = grads {
                     gemm::linear_weight_grad(&dh, input, &grads.get(PROJECT_OUT)?)?;
                 }
-                gemm::linear_input_grad(&dh, &self.weights.get(PROJECT_OUT)?)?
+                gemm::linear_input_grad_f32(&dh, &self.weights.get(PROJECT_OUT)?)?
             }
             None => dh,
         };
         let d_selected = match &saved.norm {
             Some((input, stats)) => {
-                norm_backward(self.spec, self.weights, grads, FINAL_NORM, FINAL_NORM_BIAS, input, stats, &dh)?
+                norm_backward(self.spec, self.weights, grads, FINAL_NORM, FINAL_NORM_BIAS, input, stats, &dh, None)?
             }
             None => dh,
         };
@@ -213,15 +218,20 @@ impl Ends<'_> {
             });
         }
         if inputs.is_empty() {
-            inputs.push(h.zeros_like()?);
+            inputs.push(Tensor::zeros(h.dims(), candle_core::DType::F32, h.device())?);
         }
         pieces::sum(inputs, self.tensor, "gradient of the head's input")
     }
 
     /// Logits of few rows, `[N, V]` of the entries of each piece held here, and the first entry of each.
     pub(super) fn logits(&self, h: &Tensor) -> Result<Vec<(usize, Tensor)>> {
-        let of_piece =
-            |(piece, first)| Ok((first, logprob::logits(h, &self.weights.get_of(piece, self.head_name())?, None)?));
+        let of_piece = |(piece, first)| {
+            let logits = match self.weights.packed_of(piece, self.head_name()) {
+                Some(packed) => logprob::logits_packed(h, packed, None)?,
+                None => logprob::logits(h, &self.weights.get_of(piece, self.head_name())?, None)?,
+            };
+            Ok((first, logits))
+        };
         self.vocabulary().map(of_piece).collect()
     }
 
@@ -233,19 +243,19 @@ impl Ends<'_> {
 
     /// Scores `[N]` of a scalar head.
     pub(super) fn scores(&self, h: &Tensor) -> Result<Tensor> {
-        Ok(gemm::linear(h, &self.score()?, None)?.flatten_all()?)
+        Ok(gemm::linear_f32(h, &self.score()?, None)?.flatten_all()?)
     }
 
-    /// The scalar head, `[1, e]`.
+    /// The scalar head, `[1, e]`, in the format of the weights; trained along with adapters, it is among them.
     fn score(&self) -> Result<Tensor> {
-        self.adapters.unwrap_or(self.weights).get(SCORE)
+        rounded(self.weights, &self.adapters.unwrap_or(self.weights).get(SCORE)?)
     }
 
     /// Backward of [`Ends::scores`]: the gradient of `h`.
     pub(super) fn scores_backward(&self, h: &Tensor, dscores: &Tensor, grads: &UnitBuffer) -> Result<Tensor> {
-        let dy = dscores.reshape((h.dims()[0], 1))?.contiguous()?;
+        let dy = rounded(self.weights, &dscores.reshape((h.dims()[0], 1))?.contiguous()?)?;
         gemm::linear_weight_grad(&dy, h, &grads.get(SCORE)?)?;
-        Ok(gemm::linear_input_grad(&dy, &self.score()?)?)
+        Ok(gemm::linear_input_grad_f32(&dy, &self.score()?)?)
     }
 }
 

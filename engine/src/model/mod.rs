@@ -30,6 +30,7 @@ pub use pass::Dropout;
 pub use trace::{Recompute, Trace};
 
 use crate::parallel::{Fetched, Group, Parallel, Weights};
+use crate::precision::Precision;
 use crate::{Error, Packed, Result};
 use block::Block;
 use ends::Ends;
@@ -97,7 +98,7 @@ impl Model {
         }
         let parallel = Parallel::solo();
         let (tensor, blocks) = (parallel.tensor.clone(), 0..spec.layers);
-        Self::assemble(spec, head, Weights::solo(units), Cut::none(), blocks, parallel, tensor)
+        Self::assemble(spec, head, Weights::solo(units, Precision::F32), Cut::none(), blocks, parallel, tensor)
     }
 
     fn assemble(
@@ -155,6 +156,39 @@ impl Model {
         Ok(copy)
     }
 
+    /// The same weights, whole on this rank, computing in `precision`. Those that are trained stay in f32.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn with_precision(mut self, precision: Precision) -> Result<Self> {
+        self.weights = Weights::solo(self.units()?, precision);
+        Ok(self)
+    }
+
+    /// The same weights, whole on this rank, kept in `precision` only: for models that are not trained.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn frozen(mut self, precision: Precision) -> Result<Self> {
+        if precision == Precision::F32 {
+            return Ok(self);
+        }
+        let narrowed = self.units()?.iter().map(UnitBuffer::narrowed).collect::<Result<_>>()?;
+        self.weights = Weights::solo(narrowed, precision);
+        Ok(self)
+    }
+
+    /// What passes compute in.
+    pub fn precision(&self) -> Precision {
+        self.weights.precision()
+    }
+
+    /// Keeps the matrices of whole units packed for decoding from now on, or no longer: a second copy of them, several times as
+    /// fast with few rows. What changes is packed again when it is next needed.
+    pub(crate) fn keep_packed(&self, wants_packed: bool) {
+        self.weights.keep_packed(wants_packed);
+    }
+
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -165,13 +199,13 @@ impl Model {
         self.head
     }
 
-    /// What this rank holds of the weights, without adapters: the ends, then the blocks. Where weights are sliced, they are
-    /// brought together: for looking at a model, and for models that fit one rank.
+    /// What this rank holds of the weights in f32, without adapters: the ends, then the blocks. Where weights are sliced, they
+    /// are brought together: for looking at a model, and for models that fit one rank.
     ///
     /// # Errors
     /// If ranks have lost each other.
     pub fn units(&self) -> Result<Vec<UnitBuffer>> {
-        (0..=self.spec.layers).map(|index| self.weights.fetch(index, None)?.copied()).collect()
+        (0..=self.spec.layers).map(|index| self.weights.fetch_master(index)).collect()
     }
 
     /// The layouts of what this rank computes, without adapters.

@@ -3,12 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
 use tandem_kernels::slice::with_slice;
 
 use super::Model;
 use super::spec::ModelSpec;
 use super::unit::{Content, Cut, Head, UnitBuffer, UnitId, UnitLayout, from_whole, to_whole};
 use crate::parallel::{Distributed, Holding, Parallel, Placement, Weights, blocks_of_stage, layouts_of};
+use crate::precision::Precision;
 use crate::{Error, Result};
 
 impl Model {
@@ -86,7 +88,7 @@ impl Model {
 
     fn whole_of(&self, weights: &Weights, content: &Content, index: usize) -> Result<Option<UnitBuffer>> {
         if self.parallel.world.is_solo() {
-            return Ok(Some(to_whole(&self.spec, content, &*weights.fetch(index, None)?)?));
+            return Ok(Some(to_whole(&self.spec, content, &weights.fetch_master(index)?)?));
         }
         let read = |unit: usize, back: &mut dyn FnMut(&[f32])| weights.with_held(unit, back);
         self.distributed(weights, content, &read).whole_unit(index)
@@ -128,32 +130,52 @@ impl Model {
             self.distributed(weights, content, &read).transfer(units, needed, targets, portion)
         };
         let content = Content::Weights(self.head);
-        let units: Vec<UnitBuffer> = match room {
-            Some(model) => model.units()?,
-            None => layouts(&content).iter().map(UnitBuffer::zeros).collect::<Result<_>>()?,
-        };
-        let targets: Vec<Option<UnitBuffer>> = units.iter().cloned().map(Some).collect();
-        let all = 0..self.spec.layers + 1;
-        let mut moved = bring(&self.weights, &content, all.clone(), &targets)?;
-        if let Some(adapters) = &self.adapters {
-            let content = self.trained_content();
-            let layouts = layouts(&content);
-            for first in all.clone().step_by(portion.max(1)) {
-                let some = first..all.end.min(first + portion.max(1));
-                let mut targets = vec![None; all.len()];
+        let (units, precision) = (self.inference_room(room, &layouts(&content))?, self.precision());
+        let (all, portion) = (0..self.spec.layers + 1, portion.max(1));
+        let mut moved = 0;
+        for first in all.clone().step_by(portion) {
+            let some = first..all.end.min(first + portion);
+            let mut targets = vec![None; all.len()];
+            for unit in some.clone() {
+                // What is to be rounded comes in f32 first, as adapters are merged before.
+                let is_f32 = precision == Precision::F32;
+                targets[unit] =
+                    Some(if is_f32 { units[unit].clone() } else { UnitBuffer::zeros(units[unit].layout())? });
+            }
+            moved += bring(&self.weights, &content, some.clone(), &targets)?;
+            if let Some(adapters) = &self.adapters {
+                let content = self.trained_content();
+                let layouts = layouts(&content);
+                let mut low = vec![None; all.len()];
                 for unit in some.clone() {
-                    targets[unit] = Some(UnitBuffer::zeros(&layouts[unit])?);
+                    low[unit] = Some(UnitBuffer::zeros(&layouts[unit])?);
                 }
-                moved += bring(&adapters.weights, &content, some, &targets)?;
-                for (unit, adapter) in units.iter().zip(&targets) {
-                    adapter.as_ref().map_or(Ok(()), |adapter| adapters.merge(&self.spec, unit, adapter))?;
+                moved += bring(&adapters.weights, &content, some.clone(), &low)?;
+                for (unit, adapter) in targets.iter().zip(&low) {
+                    let pair = unit.as_ref().zip(adapter.as_ref());
+                    pair.map_or(Ok(()), |(unit, adapter)| adapters.merge(&self.spec, unit, adapter))?;
+                }
+            }
+            if precision != Precision::F32 {
+                for unit in some {
+                    targets[unit].as_ref().map_or(Ok(()), |wide| units[unit].narrow_from(wide))?;
                 }
             }
         }
         let alone = Arc::new(Parallel::generating(parallel));
         let (tensor, blocks) = (parallel.inference.clone(), 0..self.spec.layers);
         let (spec, head) = (self.spec.clone(), self.head);
-        Ok((Self::assemble(spec, head, Weights::solo(units), cut, blocks, alone, tensor)?, moved))
+        Ok((Self::assemble(spec, head, Weights::solo(units, precision), cut, blocks, alone, tensor)?, moved))
+    }
+
+    /// The buffers of a copy for generation: those of `room`, if it was kept, or new ones.
+    fn inference_room(&self, room: Option<Model>, layouts: &[Arc<UnitLayout>]) -> Result<Vec<UnitBuffer>> {
+        if let Some(Model { weights: Weights::Whole(whole), .. }) = &room {
+            return Ok(whole.masters().to_vec());
+        }
+        let dtype = self.precision().dtype();
+        let new = |layout| UnitBuffer::on(layout, Tensor::zeros(layout.len(), dtype, &Device::Cpu)?);
+        layouts.iter().map(new).collect()
     }
 
     /// Whether the weights that are trained can generate as they lie: whole units, all blocks, and the same ranks together.
@@ -169,7 +191,7 @@ impl Weights {
     /// A deep copy.
     pub(super) fn duplicate(&self) -> Result<Self> {
         Ok(match self {
-            Weights::Whole(units) => Weights::Whole(units.iter().map(UnitBuffer::duplicate).collect::<Result<_>>()?),
+            Weights::Whole(whole) => Weights::Whole(Arc::new(whole.duplicate()?)),
             Weights::Sliced(sliced) => Weights::Sliced(Arc::new(sliced.duplicate()?)),
         })
     }
@@ -177,7 +199,7 @@ impl Weights {
     /// Runs `read` on what this rank holds of a unit: all of it, or its slice.
     pub(crate) fn with_held(&self, index: usize, read: impl FnOnce(&[f32])) -> Result<()> {
         match self {
-            Weights::Whole(units) => with_slice(units[index].flat(), read)?,
+            Weights::Whole(whole) => with_slice(whole.masters()[index].flat(), read)?,
             Weights::Sliced(sliced) => sliced.with_slice(index, read),
         }
         Ok(())

@@ -9,6 +9,7 @@ use tandem_collective::Collective;
 use super::Group;
 use super::slice::Offload;
 use crate::model::unit::Cut;
+use crate::precision::Precision;
 use crate::{Error, Result};
 
 /// Sizes of the three ways to share work.
@@ -268,6 +269,10 @@ impl From<ZeroStage> for u8 {
 pub struct Placement {
     /// This rank's place.
     pub parallel: Arc<Parallel>,
+    /// What passes compute in.
+    pub precision: Precision,
+    /// Whether the weights are never trained, so that whole ones are kept in `precision` only.
+    pub is_frozen: bool,
     /// What stays sliced.
     pub stage: ZeroStage,
     /// Units of up to this many elements are kept whole in stage 3.
@@ -292,6 +297,8 @@ impl Placement {
     pub fn of(parallel: Arc<Parallel>, stage: ZeroStage) -> Self {
         Self {
             parallel,
+            precision: Precision::F32,
+            is_frozen: false,
             stage,
             persistence_threshold: 0,
             prefetch_units: 1,

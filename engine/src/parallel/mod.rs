@@ -15,6 +15,8 @@ mod slice;
 mod stages;
 mod sums;
 mod weights;
+mod whole;
+mod words;
 
 pub(crate) use distributed::{Distributed, ReadUnit};
 pub use gradients::{Gradients, Reduction};

@@ -5,19 +5,22 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use tandem_collective::{Shared, Work};
-use tandem_kernels::slice::{with_slice, with_slice_mut};
+use tandem_kernels::slice::{with_slice, with_slice_mut, with_slice_mut_of};
 
 use super::slice::{Offload, SliceBuffer, Slicing};
-use super::{Parallel, Placement, ZeroStage};
+use super::whole::Whole;
+use super::{Parallel, Placement, ZeroStage, words};
 use crate::model::unit::{UnitBuffer, UnitLayout};
+use crate::precision::Precision;
 use crate::{Error, Result};
 
 /// The weights of a model's units, in order. Clones share them.
 #[derive(Clone, Debug)]
 pub(crate) enum Weights {
     /// Every unit whole.
-    Whole(Vec<UnitBuffer>),
+    Whole(Arc<Whole>),
     /// A slice of every unit.
     Sliced(Arc<Sliced>),
 }
@@ -26,6 +29,7 @@ pub(crate) enum Weights {
 #[derive(Debug)]
 pub(crate) struct Sliced {
     parallel: Arc<Parallel>,
+    precision: Precision,
     layouts: Vec<Arc<UnitLayout>>,
     prefetch_units: usize,
     state: Mutex<State>,
@@ -88,8 +92,12 @@ impl Weights {
     ) -> Result<Self> {
         let data = &placement.parallel.data;
         if placement.stage < ZeroStage::Three || data.is_solo() {
-            let whole = layouts.iter().map(|layout| padded(unit(layout)?, slicing(layout, placement)));
-            return Ok(Weights::Whole(whole.collect::<Result<_>>()?));
+            let is_narrow = placement.is_frozen && placement.precision != Precision::F32;
+            let whole = layouts.iter().map(|layout| match is_narrow {
+                true => unit(layout)?.narrowed(),
+                false => padded(unit(layout)?, slicing(layout, placement)),
+            });
+            return Ok(Weights::Whole(Arc::new(Whole::new(whole.collect::<Result<_>>()?, placement.precision))));
         }
         let dir = match placement.offload {
             Offload::All => placement.offload_dir.as_deref(),
@@ -111,23 +119,48 @@ impl Weights {
         let state = State { slices, in_flight: VecDeque::new(), spare: Vec::new(), kept: kept.collect() };
         Ok(Weights::Sliced(Arc::new(Sliced {
             parallel: placement.parallel.clone(),
+            precision: placement.precision,
             layouts: layouts.to_vec(),
             prefetch_units: placement.prefetch_units,
             state: Mutex::new(state),
         })))
     }
 
-    /// Units of one rank alone.
-    pub(crate) fn solo(units: Vec<UnitBuffer>) -> Self {
-        Weights::Whole(units)
+    /// Units of one rank alone that compute in `precision`.
+    pub(crate) fn solo(units: Vec<UnitBuffer>, precision: Precision) -> Self {
+        Weights::Whole(Arc::new(Whole::new(units, precision)))
+    }
+
+    /// The format that passes compute in.
+    pub(crate) fn precision(&self) -> Precision {
+        match self {
+            Weights::Whole(whole) => whole.precision(),
+            Weights::Sliced(sliced) => sliced.precision,
+        }
+    }
+
+    /// Keeps the matrices of whole units packed for products with few rows from now on, or no longer.
+    pub(crate) fn keep_packed(&self, wants_packed: bool) {
+        if let Weights::Whole(whole) = self {
+            whole.keep_packed(wants_packed);
+        }
     }
 
     /// The weights of unit `index`. In slices, all data-parallel ranks call this together, and the gathers of the units in
     /// `upcoming` may be started ahead.
     pub(crate) fn fetch(&self, index: usize, upcoming: impl IntoIterator<Item = usize>) -> Result<Fetched> {
         match self {
-            Weights::Whole(units) => Ok(Fetched { buffer: units[index].clone(), home: None }),
+            Weights::Whole(whole) => Ok(Fetched { buffer: whole.computed(index)?, home: None }),
             Weights::Sliced(sliced) => sliced.fetch(index, upcoming),
+        }
+    }
+
+    /// The master weights of unit `index` in f32: the storage itself where they are whole and trained. In slices, all
+    /// data-parallel ranks call this together.
+    pub(crate) fn fetch_master(&self, index: usize) -> Result<UnitBuffer> {
+        match self {
+            Weights::Whole(whole) => whole.masters()[index].widened(),
+            Weights::Sliced(sliced) => sliced.gather_master(index),
         }
     }
 
@@ -139,7 +172,7 @@ impl Weights {
     /// The layouts of the units.
     pub(crate) fn layouts(&self) -> Vec<Arc<UnitLayout>> {
         match self {
-            Weights::Whole(units) => units.iter().map(|unit| unit.layout().clone()).collect(),
+            Weights::Whole(whole) => whole.masters().iter().map(|unit| unit.layout().clone()).collect(),
             Weights::Sliced(sliced) => sliced.layouts.clone(),
         }
     }
@@ -155,8 +188,9 @@ impl Weights {
     ) -> Result<R> {
         let range = slicing.range(rank);
         match self {
-            Weights::Whole(units) => {
-                let part = units[index].flat().narrow(0, range.start, range.len())?;
+            Weights::Whole(whole) => {
+                whole.changed(index);
+                let part = whole.masters()[index].flat().narrow(0, range.start, range.len())?;
                 Ok(with_slice_mut(&part, change)?)
             }
             Weights::Sliced(sliced) => {
@@ -183,8 +217,8 @@ impl Weights {
     ) -> Result<R> {
         let range = slicing.range(rank);
         match self {
-            Weights::Whole(units) => {
-                let part = units[index].flat().narrow(0, range.start, range.len())?;
+            Weights::Whole(whole) => {
+                let part = whole.masters()[index].flat().narrow(0, range.start, range.len())?;
                 Ok(with_slice(&part, read)?)
             }
             Weights::Sliced(sliced) => Ok(read(&sliced.lock().slices[index][..range.len()])),
@@ -193,11 +227,12 @@ impl Weights {
 
     /// After each rank has changed its slice of whole weights, one of `slices`: gives every rank all of them.
     pub(crate) fn spread(&self, parallel: &Parallel, slices: usize) -> Result<()> {
-        let (Weights::Whole(units), data) = (self, &parallel.data) else { return Ok(()) };
+        let (Weights::Whole(whole), data) = (self, &parallel.data) else { return Ok(()) };
         if slices == 1 {
             return Ok(());
         }
-        for unit in units.iter().filter(|unit| !unit.layout().is_empty()) {
+        for (index, unit) in whole.masters().iter().enumerate().filter(|(_, unit)| !unit.layout().is_empty()) {
+            whole.changed(index);
             let each = unit.storage().elem_count() / data.size();
             let mine = with_slice(&unit.storage().narrow(0, data.rank() * each, each)?, <[f32]>::to_vec)?;
             with_slice_mut(unit.storage(), |all| data.world().all_gather_f32(data.tag("spread weights"), &mine, all))??;
@@ -216,13 +251,6 @@ fn padded(unit: UnitBuffer, slicing: Slicing) -> Result<UnitBuffer> {
     Ok(room)
 }
 
-impl Fetched {
-    /// The weights for longer than this lives: the same storage if they are whole, a copy if they were brought together.
-    pub(crate) fn copied(&self) -> Result<UnitBuffer> {
-        if self.home.is_some() { self.buffer.duplicate() } else { Ok(self.buffer.clone()) }
-    }
-}
-
 impl Sliced {
     /// A deep copy.
     pub(crate) fn duplicate(&self) -> Result<Self> {
@@ -237,6 +265,7 @@ impl Sliced {
         };
         Ok(Self {
             parallel: self.parallel.clone(),
+            precision: self.precision,
             layouts: self.layouts.clone(),
             prefetch_units: self.prefetch_units,
             state: Mutex::new(state),
@@ -262,7 +291,7 @@ impl Sliced {
                 return Ok(Fetched { buffer: UnitBuffer::on(layout, flat.clone())?, home: None });
             }
             _ if layout.is_empty() => {
-                let flat = Tensor::zeros(0, DType::F32, &Device::Cpu)?;
+                let flat = Tensor::zeros(0, self.precision.dtype(), &Device::Cpu)?;
                 return Ok(Fetched { buffer: UnitBuffer::on(layout, flat)?, home: None });
             }
             _ => match state.in_flight.iter().position(|(unit, _)| *unit == index) {
@@ -284,21 +313,39 @@ impl Sliced {
         let padded = state.slices[index].len() * self.parallel.data.size();
         let room = match state.spare.iter().position(|room| room.elem_count() == padded) {
             Some(place) => state.spare.swap_remove(place),
-            None => Tensor::zeros(padded, DType::F32, &Device::Cpu)?,
+            None => Tensor::zeros(padded, self.precision.dtype(), &Device::Cpu)?,
         };
         let is_kept = matches!(state.kept[index], Kept::Stale);
         if is_kept {
             state.kept[index] = Kept::Fresh(room.clone());
         }
         drop(state);
-        with_slice_mut(&room, |all| work.wait_into(all))??;
+        match self.precision {
+            Precision::F32 => with_slice_mut(&room, |all| work.wait_into(all))??,
+            Precision::Bf16 => with_slice_mut_of(&room, |all: &mut [bf16]| words::wait_into(work, all))??,
+        }
         let buffer = UnitBuffer::on(layout, room.clone())?;
         Ok(Fetched { buffer, home: (!is_kept).then(|| (self.clone(), room)) })
     }
 
     fn start(&self, state: &State, index: usize) -> Result<Work> {
         let data = &self.parallel.data;
-        let slice: Shared = state.slices[index].clone();
+        let slice: Shared = match self.precision {
+            Precision::F32 => state.slices[index].clone(),
+            Precision::Bf16 => Arc::new(words::narrowed(&state.slices[index])?),
+        };
         Ok(data.world().start_all_gather_f32(data.tag("gather weights"), slice)?)
+    }
+
+    /// The master weights of a unit, brought together.
+    fn gather_master(&self, index: usize) -> Result<UnitBuffer> {
+        let (layout, data) = (&self.layouts[index], &self.parallel.data);
+        let slice = self.lock().slices[index].clone();
+        let room = Tensor::zeros(slice.len() * data.size(), DType::F32, &Device::Cpu)?;
+        if !layout.is_empty() {
+            let gather = |all: &mut [f32]| data.world().all_gather_f32(data.tag("gather master weights"), &slice, all);
+            with_slice_mut(&room, gather)??;
+        }
+        UnitBuffer::on(layout, room)
     }
 }

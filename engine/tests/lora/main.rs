@@ -13,3 +13,4 @@ mod gradients;
 mod layouts;
 mod merging;
 mod peft;
+mod precision;

@@ -4,7 +4,7 @@ use tandem_engine::generate::{CacheSize, Completion, Request, SamplingKey};
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::{Cut, Head, UnitLayout};
 use tandem_engine::parallel::{Mesh, Parallel, ParallelConfig, Slicing, ZeroStage};
-use tandem_engine::{Engine, Packed, SwitchConfig, Train};
+use tandem_engine::{Engine, Packed, Precision, SwitchConfig, Train};
 use tandem_kernels::sample::SamplingParams;
 
 use crate::ranks::on_ranks;
@@ -64,6 +64,15 @@ fn rollout(engine: Engine<Train>) -> (Engine<Train>, Vec<Completion>) {
 
 #[test]
 fn rollouts_are_those_of_one_rank() {
+    rollouts_equal_those_of_one_rank(Precision::F32);
+}
+
+#[test]
+fn rollouts_are_those_of_one_rank_in_bf16() {
+    rollouts_equal_those_of_one_rank(Precision::Bf16);
+}
+
+fn rollouts_equal_those_of_one_rank(precision: Precision) {
     for gated in [true, false] {
         for tensor_lanes in [1, 2, 4] {
             let config = ParallelConfig { data_lanes: 4, tensor_lanes, ..ParallelConfig::default() };
@@ -79,7 +88,7 @@ fn rollouts_are_those_of_one_rank() {
                 assert!(all.iter().all(|rank| *rank == all[0]), "{layout:?}: ranks have sampled different tokens");
                 all[0].clone()
             };
-            let expected = run(Layout::of(1, ZeroStage::Zero, config));
+            let expected = run(Layout { precision, ..Layout::of(1, ZeroStage::Zero, config) });
             for (world, stage, tensor, pipeline, inference_tensor) in [
                 (2, ZeroStage::Zero, 1, 1, 1),
                 (2, ZeroStage::Zero, 2, 1, 2),
@@ -96,7 +105,7 @@ fn rollouts_are_those_of_one_rank() {
                     continue;
                 }
                 let config = ParallelConfig { tensor, pipeline, inference_tensor, ..config };
-                let found = run(Layout::of(world, stage, config));
+                let found = run(Layout { precision, ..Layout::of(world, stage, config) });
                 assert!(found == expected, "{world} {stage:?} {config:?}");
             }
         }
@@ -105,24 +114,46 @@ fn rollouts_are_those_of_one_rank() {
 
 #[test]
 fn a_thousand_switches_change_no_bit() {
+    switches_change_no_bit(Precision::F32, 1000);
+}
+
+#[test]
+fn a_hundred_switches_change_no_bit_in_bf16() {
+    switches_change_no_bit(Precision::Bf16, 100);
+}
+
+/// The bits of both moments.
+fn moment_bits(engine: &Engine<Train>) -> Vec<u32> {
+    let optimizer = engine.optimizer();
+    let slices = optimizer.first_moments().iter().chain(optimizer.second_moments());
+    slices.flat_map(|slice| slice.iter().map(|value| value.to_bits())).collect()
+}
+
+fn switches_change_no_bit(precision: Precision, switches: usize) {
     for (stage, switching) in [
         (ZeroStage::Three, SwitchConfig::default()),
         (ZeroStage::One, SwitchConfig { release_inference_cache: false, pin_parameters: true, gather_units: 1 }),
     ] {
         let config = ParallelConfig { inference_tensor: 2, ..ParallelConfig::default() };
-        let layout = Layout::of(2, stage, config);
+        let layout = Layout { precision, ..Layout::of(2, stage, config) };
         on_ranks(2, |world| {
             let mut engine = engine(&spec(true), &layout.placement(&world).unwrap()).unwrap().switching(switching);
             train(&mut engine, &layout, 1, 5).unwrap();
             let before = weight_bits(engine.model()).unwrap();
-            for switch in 0..1000 {
+            let moments = moment_bits(&engine);
+            for switch in 0..switches {
                 let (generating, to_generate) = engine.into_generate(SIZE).unwrap();
+                let copy: usize = generating.inference_model().layouts().iter().map(|layout| layout.len()).sum();
+                // The two ranks that generate together share the heads of the cache.
+                let cache = SIZE.bytes(&spec(true), precision) / 2;
+                let needed = (precision.bytes() * copy + cache) as u64;
                 let (back, _) = generating.into_train().unwrap();
                 engine = back;
                 let allocates = switch == 0 || !switching.pin_parameters;
-                assert_eq!(to_generate.allocated_bytes > 0, allocates, "switch {switch}");
+                assert_eq!(to_generate.allocated_bytes, if allocates { needed } else { 0 }, "switch {switch}");
             }
             assert!(weight_bits(engine.model()).unwrap() == before);
+            assert!(moment_bits(&engine) == moments);
         });
     }
 }

@@ -8,7 +8,7 @@ use tandem_engine::model::spec::{Family, ModelSpec, NormKind, PositionKind};
 use tandem_engine::model::unit::Head;
 use tandem_engine::parallel::{Parallel, ParallelConfig, Placement, ZeroStage};
 use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
-use tandem_engine::{Dropout, Engine, LogProbs, MicroBatch, Model, Packed, Recompute, Result, Train};
+use tandem_engine::{Dropout, Engine, LogProbs, MicroBatch, Model, Packed, Precision, Recompute, Result, Train};
 use tandem_kernels::mlp::Activation;
 use tandem_kernels::rng::{Philox, Purpose};
 
@@ -55,16 +55,20 @@ pub(crate) struct Layout {
     pub(crate) recompute: Recompute,
     pub(crate) prefetch_units: usize,
     pub(crate) persistence_threshold: usize,
+    pub(crate) precision: Precision,
 }
 
 impl Layout {
     pub(crate) fn of(world: usize, stage: ZeroStage, config: ParallelConfig) -> Self {
-        Self { world, stage, config, rounds: 1, recompute: Recompute::Off, prefetch_units: 1, persistence_threshold: 0 }
+        let recompute = Recompute::Off;
+        let precision = Precision::F32;
+        Self { world, stage, config, rounds: 1, recompute, prefetch_units: 1, persistence_threshold: 0, precision }
     }
 
     pub(crate) fn placement(&self, world: &Arc<dyn Collective>) -> Result<Placement> {
         let parallel = Parallel::new(world, &self.config)?;
         Ok(Placement {
+            precision: self.precision,
             prefetch_units: self.prefetch_units,
             persistence_threshold: self.persistence_threshold,
             reduce_bucket_bytes: 1 << 14,

@@ -1,16 +1,19 @@
 //! The adapters of a block at work: what they add to the outputs of its linear maps, and the backward of that.
 //!
+//! Adapters compute in f32, whatever the format of the map that they belong to.
+//!
 //! `y += h·Bᵀ` with `h = s·drop(x)·Aᵀ`, `[T, r]`. With `u = s·dy·B`: `dB += dyᵀ·h`, `dA += uᵀ·drop(x)`, `dx += drop(u·A)`.
 //!
 //! In several pieces, what all of them share sees the sum over the pieces, in the tree of [`super::super::pieces`], so every
 //! rank computes the same bits of it: of a map cut along its outputs, `u` is added up before it meets `A`; of a map cut along
 //! its inputs, `h` before it meets `B`.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use half::bf16;
 use tandem_kernels::dropout::dropout_columns;
 use tandem_kernels::gemm;
 use tandem_kernels::reduce::add_slice;
-use tandem_kernels::slice::{with_slice, with_slice_mut};
+use tandem_kernels::slice::{to_f32, with_slice, with_slice_mut, with_slice_mut_of};
 
 use super::Adapters;
 use crate::Result;
@@ -48,11 +51,12 @@ impl<'a> Adapted<'a> {
         unit.layout().cut.piece(self.spec, piece)
     }
 
-    /// What an adapter reads of the columns `first…` of its map's input, and, the mask being linear and addressed, what the
-    /// backward passes on.
+    /// What an adapter reads of the columns `first…` of its map's input, in f32, and, the mask being linear and addressed, what
+    /// the backward passes on.
     fn dropout(&self, site: &AdapterSite, first: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         /// Sites of the blocks' own dropout lie below.
         const SITES: u16 = 1 << 15;
+        let x = &to_f32(x)?;
         match &pass.dropout {
             None => Ok(x.clone()),
             Some(drop) => {
@@ -99,7 +103,7 @@ impl<'a> Adapted<'a> {
     ) -> Result<()> {
         for (place, ((site, unit, _), h)) in self.of(weight).zip(low).enumerate() {
             let rows = site.rows(self.spec, &self.piece(unit, piece));
-            let dy = dy.narrow(1, rows.start, rows.len())?.contiguous()?;
+            let dy = to_f32(&dy.narrow(1, rows.start, rows.len())?.contiguous()?)?;
             gemm::linear_weight_grad(&dy, h, &grads.get_of(piece, site.b)?)?;
             if rising.len() <= place {
                 rising.push(Vec::new());
@@ -158,6 +162,10 @@ impl<'a> Adapted<'a> {
         dy: &Tensor,
         grads: &UnitBuffer,
     ) -> Result<Low> {
+        if self.adapters.is_none() {
+            return Ok(Low::new());
+        }
+        let dy = &to_f32(dy)?;
         let through = |((site, unit, scale), h): ((&'static AdapterSite, &UnitBuffer, f64), &Tensor)| {
             gemm::linear_weight_grad(dy, h, &grads.get(site.b)?)?;
             Ok((gemm::linear_input_grad(dy, &unit.get(site.b)?)? * scale)?)
@@ -186,11 +194,26 @@ impl<'a> Adapted<'a> {
     }
 }
 
-/// `y[:, first..first + n] += terms [T, n]`, in place.
+/// `y[:, first..first + n] += terms [T, n]`, in place; `terms` are f32.
 fn add_columns(y: &Tensor, first: usize, terms: &Tensor) -> Result<()> {
     let (width, n) = (y.dims()[1], terms.dims()[1]);
     if n == 0 || width == 0 {
         return Ok(());
+    }
+    if y.dtype() == DType::BF16 {
+        // Rounded once more than a map and its adapters in f32 would be; see the bound of the tests.
+        return with_slice(terms, |terms| {
+            with_slice_mut_of(y, |y: &mut [bf16]| {
+                let rows = y.chunks_exact_mut(width).zip(terms.chunks_exact(n));
+                rows.for_each(|(y, terms)| {
+                    y[first..first + n]
+                        .iter_mut()
+                        .zip(terms)
+                        .for_each(|(y, term)| *y = bf16::from_f32(y.to_f32() + term));
+                });
+            })
+        })?
+        .map_err(Into::into);
     }
     with_slice(terms, |terms| {
         with_slice_mut(y, |y| {

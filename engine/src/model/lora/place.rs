@@ -8,6 +8,7 @@ use super::{Adapters, LoraConfig};
 use crate::model::Model;
 use crate::model::unit::{Content, Cut, Head, SCORE, UnitBuffer, UnitId, UnitLayout, from_whole};
 use crate::parallel::{Placement, Weights, layouts_of};
+use crate::precision::Precision;
 use crate::{Error, Result};
 
 impl Model {
@@ -54,6 +55,8 @@ impl Model {
         let set = Arc::new(config.resolve(spec, self.head())?);
         let content = Content::Adapters(set.clone());
         let layouts = layouts_of(spec, &content, &parallel.mesh, parallel.at.pipeline, self.cut());
+        // They are few, and what a step changes in them would be lost in rounding.
+        let placement = &Placement { precision: Precision::F32, is_frozen: false, ..placement.clone() };
         let weights = Weights::place(placement, &layouts, |layout| {
             if layout.is_empty() {
                 return UnitBuffer::zeros(layout);
@@ -86,8 +89,7 @@ impl Model {
         if self.head() != Head::Scalar {
             return Ok(None);
         }
-        let unit = self.unit(0, None)?;
-        let score = unit.find(SCORE)?;
+        let score = self.weights.fetch_master(0)?.find(SCORE)?;
         Ok(score.map(|score| with_slice(&score, <[f32]>::to_vec)).transpose()?)
     }
 }

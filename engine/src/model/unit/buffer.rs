@@ -3,18 +3,24 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use tandem_kernels::gemm::PackedMatrix;
 use tandem_kernels::rng::{Philox, Purpose};
+use tandem_kernels::slice::{narrow_slice, to_bf16, to_f32, with_slice, with_slice_mut_of};
 
-use super::{Init, ParamSlot, UnitLayout};
+use super::{EMBEDDING, HEAD, Init, POSITIONS, ParamSlot, SCORE, UnitLayout};
 use crate::{Error, Result};
 
-/// A flat f32 buffer with a unit's layout: its weights, its gradients or an optimizer moment.
+/// A flat buffer with a unit's layout: its weights, its gradients or an optimizer moment, in f32; or the weights in the
+/// format that passes compute in.
 #[derive(Clone, Debug)]
 pub struct UnitBuffer {
     layout: Arc<UnitLayout>,
     flat: Tensor,
     /// What `flat` lies at the beginning of.
     storage: Tensor,
+    /// Matrices packed for products with few rows, by offset.
+    packed: Option<Arc<Vec<(usize, PackedMatrix)>>>,
 }
 
 impl UnitBuffer {
@@ -44,7 +50,7 @@ impl UnitBuffer {
         }
         let flat =
             if storage.elem_count() == layout.len() { storage.clone() } else { storage.narrow(0, 0, layout.len())? };
-        Ok(Self { layout: layout.clone(), flat, storage })
+        Ok(Self { layout: layout.clone(), flat, storage, packed: None })
     }
 
     /// Initial weights: each parameter drawn at its own address, so that a unit does not depend on the others.
@@ -90,6 +96,57 @@ impl UnitBuffer {
     /// If the memory cannot be had.
     pub fn duplicate(&self) -> Result<Self> {
         Self::on(&self.layout, self.storage.copy()?)
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.flat.dtype()
+    }
+
+    /// The numbers in bf16, rounded to nearest, without padding.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn narrowed(&self) -> Result<Self> {
+        Self::on(&self.layout, to_bf16(&self.flat)?)
+    }
+
+    /// The numbers in f32; the same storage if they are that already.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn widened(&self) -> Result<Self> {
+        if self.dtype() == DType::F32 { Ok(self.clone()) } else { Self::on(&self.layout, to_f32(&self.flat)?) }
+    }
+
+    /// Overwrites this bf16 buffer with the numbers of `wide`, an f32 buffer of the same layout, rounded to nearest.
+    ///
+    /// # Errors
+    /// If the lengths differ.
+    pub(crate) fn narrow_from(&self, wide: &UnitBuffer) -> Result<()> {
+        let narrow = |from: &[f32]| with_slice_mut_of(&self.flat, |into: &mut [bf16]| narrow_slice(from, into));
+        Ok(with_slice(&wide.flat, narrow)???)
+    }
+
+    /// The same weights with their matrices packed beside them.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub(crate) fn packed(&self) -> Result<Self> {
+        // A table of embeddings is looked up, unless it is the head too.
+        let has = |name| self.layout.params.iter().any(|slot| slot.name == name);
+        let is_looked_up = |name| name == POSITIONS || name == EMBEDDING && (has(HEAD) || has(SCORE));
+        let matrices = self.layout.params.iter().filter(|slot| slot.shape.len() == 2 && !is_looked_up(slot.name));
+        let pack = |slot: &ParamSlot| Ok((slot.offset, PackedMatrix::new(&self.view(slot)?)?));
+        let packed = Arc::new(matrices.map(pack).collect::<Result<Vec<_>>>()?);
+        Ok(Self { packed: Some(packed), ..self.clone() })
+    }
+
+    /// The parameter `name` of a piece, packed; `None` if it is not.
+    pub(crate) fn packed_of(&self, piece: usize, name: &str) -> Option<&PackedMatrix> {
+        let packed = self.packed.as_deref()?;
+        let offset = self.layout.slot_of(piece, name)?.offset;
+        packed.iter().find(|(of, _)| *of == offset).map(|(_, matrix)| matrix)
     }
 
     /// The layout.
