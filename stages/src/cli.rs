@@ -6,15 +6,17 @@ use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Parser;
 use tandem_collective::{Collective, Solo, Status, Tag};
 use tandem_engine::parallel::Mesh;
+use tandem_kernels::profile;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, Origin, Stage};
 use crate::error::{ExitCode, Result, StageError};
-use crate::monitor::Progress;
+use crate::monitor::{Progress, breakdown};
 use crate::ranks::{self, LEADER};
 use crate::run::Resume;
 use crate::stop::StopFlag;
@@ -55,6 +57,9 @@ pub struct StageArgs {
     /// Check everything, print the plan, and write nothing.
     #[arg(long)]
     pub dry_run: bool,
+    /// Print where the time went at the end of each stage: seconds and GFLOP/s by class of kernels.
+    #[arg(long)]
+    pub profile: bool,
     /// How many ranks share the work, all in this process. Under mpirun or srun leave it out: they start the ranks. With
     /// --dry-run: how many to plan for; none is started.
     #[arg(long, value_name = "N")]
@@ -75,6 +80,8 @@ pub struct Launch {
     pub dry_run: bool,
     /// Asks for a stop.
     pub stop: StopFlag,
+    /// Ranks in this process.
+    pub ranks_here: usize,
     /// This rank and its peers.
     pub world: Arc<dyn Collective>,
     /// How the ranks share the work; in a dry run those that are planned for.
@@ -100,6 +107,7 @@ impl Launch {
             resume: Resume::Auto,
             dry_run: false,
             stop: StopFlag::default(),
+            ranks_here: 1,
             world: Arc::new(Solo::default()),
             mesh: Mesh::SOLO,
             nodes: 1,
@@ -122,6 +130,19 @@ impl Launch {
         if self.is_leader() {
             println!("{text}");
         }
+    }
+
+    /// Runs a stage and, if that was asked for, prints where its time went.
+    ///
+    /// # Errors
+    /// Those of `stage`.
+    pub fn profiled(&self, stage: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
+        let start = Instant::now();
+        let outcome = stage()?;
+        if let Some(table) = self.is_leader().then(|| breakdown(start.elapsed(), self.ranks_here)).flatten() {
+            println!("{table}");
+        }
+        Ok(outcome)
     }
 
     /// Progress called `label` over `total` steps, of which `done` were made before, shown by the leader.
@@ -175,6 +196,7 @@ pub fn main(stages: &[Stage], body: impl Fn(&Launch) -> Result<Outcome> + Sync) 
     guard(|| {
         let args = StageArgs::parse();
         let stop = StopFlag::on_signals().map_err(StageError::bug)?;
+        profile::switch(args.profile);
         let ranks = args.ranks.map(NonZero::get);
         ranks::start(args.launch(stages, stop)?, stages, ranks, body)
     })

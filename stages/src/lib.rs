@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`config`] | the TOML file as typed structs, checked |
 //! | [`plan`] | which models a stage starts from |
+//! | [`allocator`] | where the commands' memory comes from |
 //! | [`cli`] | the command line, and the way from it to an exit code |
 //! | [`models`] | loading and exporting models |
 //! | [`dataset`] | rows to token ids, for each stage |
@@ -24,6 +25,7 @@
 //! A stage is one readable loop that uses these; the binaries are a line each.
 
 mod adapters;
+pub mod allocator;
 pub mod chat;
 pub mod cli;
 pub mod config;

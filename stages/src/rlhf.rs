@@ -23,11 +23,11 @@ pub fn run(launch: &Launch) -> Result<Outcome> {
     for stage in Stage::ALL {
         let dir = stage_dir(root, stage);
         // A finished stage says so and returns at once.
-        let outcome = match stage {
-            Stage::Sft => sft::run(launch, &dir, Some(root))?,
-            Stage::Reward => reward::run(launch, &dir, Some(root))?,
-            Stage::Ppo => ppo::run(launch, &dir, Some(root))?,
-        };
+        let outcome = launch.profiled(|| match stage {
+            Stage::Sft => sft::run(launch, &dir, Some(root)),
+            Stage::Reward => reward::run(launch, &dir, Some(root)),
+            Stage::Ppo => ppo::run(launch, &dir, Some(root)),
+        })?;
         if outcome == Outcome::Stopped {
             return Ok(outcome);
         }

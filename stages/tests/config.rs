@@ -81,7 +81,7 @@ fn unknown_keys_name_the_nearest() {
     for (text, key, nearest) in cases {
         refuses(text, &[], &["configs/test.toml", "unknown key", key, &format!("did you mean {nearest}?")]);
     }
-    refuses("[run]\nzzz = 1", &[], &["`run.zzz`", "known keys here: seed, threads, output_dir"]);
+    refuses("[run]\nzzz = 1", &[], &["`run.zzz`", "known keys here: seed, precision, threads, output_dir"]);
 }
 
 #[test]

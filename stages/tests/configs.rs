@@ -140,6 +140,7 @@ fn eight_devices_of_a_node() {
         ("reward model: weights", scalar),
         ("reward model: units gathered at once, 2", 2 * scalar_ends),
         ("actor: copy that generates", (LLAMA - LLAMA_NORMS) / 8 + LLAMA_NORMS),
+        ("actor: matrices packed for decoding", (LLAMA - LLAMA_NORMS) / 8 + LLAMA_NORMS),
         // One of the eight key-value heads in each of 32 blocks.
         ("cache of 64 sequences of 1024 tokens", 2 * 32 * 64 * 1024 * 128),
     ]);

@@ -4,11 +4,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tandem_stages::chat::{self, ChatArgs};
-use tandem_stages::cli;
+use tandem_stages::{allocator, cli};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
+    allocator::keep_pages();
     cli::guard(|| chat::run(&ChatArgs::parse()))
 }

@@ -3,11 +3,12 @@
 use std::process::ExitCode;
 
 use tandem_stages::config::Stage;
-use tandem_stages::{cli, ppo};
+use tandem_stages::{allocator, cli, ppo};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
-    cli::main(&[Stage::Ppo], |launch| ppo::run(launch, &launch.config.run.output_dir, None))
+    allocator::keep_pages();
+    cli::main(&[Stage::Ppo], |launch| launch.profiled(|| ppo::run(launch, &launch.config.run.output_dir, None)))
 }

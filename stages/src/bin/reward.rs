@@ -3,11 +3,12 @@
 use std::process::ExitCode;
 
 use tandem_stages::config::Stage;
-use tandem_stages::{cli, reward};
+use tandem_stages::{allocator, cli, reward};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
-    cli::main(&[Stage::Reward], |launch| reward::run(launch, &launch.config.run.output_dir, None))
+    allocator::keep_pages();
+    cli::main(&[Stage::Reward], |launch| launch.profiled(|| reward::run(launch, &launch.config.run.output_dir, None)))
 }

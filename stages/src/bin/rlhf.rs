@@ -3,11 +3,12 @@
 use std::process::ExitCode;
 
 use tandem_stages::config::Stage;
-use tandem_stages::{cli, rlhf};
+use tandem_stages::{allocator, cli, rlhf};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
+    allocator::keep_pages();
     cli::main(&Stage::ALL, rlhf::run)
 }

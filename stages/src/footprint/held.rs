@@ -1,4 +1,5 @@
-//! Memory of a rank. Sharding after Rajbhandari et al. (ZeRO, 2020), figure 1, with four bytes for everything.
+//! Memory of a rank. Sharding after Rajbhandari et al. (ZeRO, 2020), figure 1, with four bytes for what is trained, and for
+//! the rest those of the format that models compute in.
 
 use tandem_engine::generate::CacheSize;
 use tandem_engine::model::spec::ModelSpec;
@@ -43,11 +44,22 @@ impl Case<'_> {
         let (large, small) = units.persistent(self.config.parallel.persistence_threshold);
         let weights = if zero_stage == 3 { large.slice(mesh.data) + small.total() } else { units.total() };
         let weights_in_files = settings.offload == Offload::All;
-        let mut parts = vec![part(format!("{name}: weights"), weights, weights_in_files)];
-        if zero_stage == 3 && mesh.data > 1 {
+        let (number, is_narrow) = (self.number(), self.number() != F32);
+        let always = |what: String, bytes: u64| Held { what, bytes, file_bytes: 0, phase: None };
+        let is_sliced = zero_stage == 3 && mesh.data > 1;
+        let mut parts = Vec::new();
+        if is_narrow && !is_trained && !is_sliced {
+            parts.push(always(format!("{name}: weights"), number * weights));
+        } else {
+            parts.push(part(format!("{name}: weights"), weights, weights_in_files));
+        }
+        if is_narrow && is_trained && !is_sliced {
+            parts.push(always(format!("{name}: weights to compute with"), number * units.total()));
+        }
+        if is_sliced {
             let ahead = self.config.parallel.prefetch_units as u64;
             let what = format!("{name}: units gathered at once, {}", 1 + ahead);
-            parts.push(at_work(what, (1 + ahead) * large.largest()));
+            parts.push(Held { bytes: (1 + ahead) * number * large.largest(), ..at_work(what, 0) });
         }
         if !is_trained {
             return parts;
@@ -76,7 +88,7 @@ impl Case<'_> {
         }
         let tokens = self.micro_batch_tokens();
         let activations = self.activations(tokens);
-        parts.push(at_work(format!("{name}: activations of {tokens} tokens"), activations));
+        parts.push(Held { bytes: activations, ..at_work(format!("{name}: activations of {tokens} tokens"), 0) });
         parts
     }
 
@@ -100,8 +112,11 @@ impl Case<'_> {
             let units = Units::of(self.spec, Head::Language, tensor, 1);
             let what = "actor: copy that generates".to_owned();
             let phase = generating(ppo.pin_parameters);
-            parts.push(Held { what, bytes: F32 * units.total(), file_bytes: 0, phase });
+            parts.push(Held { what, bytes: self.number() * units.total(), file_bytes: 0, phase });
         }
+        let units = Units::of(self.spec, Head::Language, tensor, 1);
+        let what = "actor: matrices packed for decoding".to_owned();
+        parts.push(Held { what, bytes: self.number() * units.total(), file_bytes: 0, phase: Some(Phase::Generating) });
         let replicas = (self.mesh.world() / tensor).max(1);
         let slots = SLOTS.min(ppo.samples_per_iteration().div_ceil(replicas));
         let size = CacheSize { slots, max_len: ppo.longest_sequence() };
@@ -109,8 +124,13 @@ impl Case<'_> {
         let cut = ModelSpec { kv_heads: self.spec.kv_heads.div_ceil(tensor), ..self.spec.clone() };
         let what = format!("cache of {slots} sequences of {} tokens", size.max_len);
         let phase = generating(!ppo.release_inference_cache);
-        parts.push(Held { what, bytes: size.bytes(&cut) as u64, file_bytes: 0, phase });
+        parts.push(Held { what, bytes: size.bytes(&cut, self.config.run.precision) as u64, file_bytes: 0, phase });
         parts
+    }
+
+    /// Bytes of a number that passes compute with.
+    pub(super) fn number(&self) -> u64 {
+        self.config.run.precision.bytes() as u64
     }
 
     /// Whether the weights that are trained are laid out otherwise than those that generate.
@@ -120,16 +140,18 @@ impl Case<'_> {
         sharded || !same_cut || self.config.lora.is_on()
     }
 
-    /// What a forward keeps for its backward: per block the inputs of its norms, branches and linear maps; with
+    /// Bytes of what a forward keeps for its backward: per block the inputs of its norms, branches and linear maps; with
     /// recomputation only the block's input, and all of one block at a time. The first stage of a pipeline keeps as many
     /// micro-batches as there are stages.
     fn activations(&self, tokens: usize) -> u64 {
         let spec = self.spec;
         let tensor = self.mesh.tensor.max(1);
         let cut = spec.qkv_width() + spec.heads * spec.head_dim + spec.heads + spec.up_width() + spec.mlp_width;
-        let block = 4 * spec.hidden + cut.div_ceil(tensor);
+        let number = self.number() as usize;
+        // The residual stream goes into two norms in f32; what branches compute is in the format of the weights.
+        let block = (2 * F32 as usize + 2 * number) * spec.hidden + number * cut.div_ceil(tensor);
         let layers = spec.layers.div_ceil(self.mesh.pipeline.max(1));
-        let kept = if self.recompute() { layers * spec.hidden } else { layers * block };
+        let kept = if self.recompute() { F32 as usize * layers * spec.hidden } else { layers * block };
         let under_way = (self.mesh.pipeline as u64).min(self.micro_batches(self.rows_per_step()));
         // The backward of a block holds about as much again as its forward has kept of it.
         let working = if self.recompute() { 2 * block } else { block };

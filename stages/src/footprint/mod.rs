@@ -1,6 +1,6 @@
 //! What each rank of a run will hold in memory and send to others: for `--dry-run`.
 //!
-//! All numbers are f32, four bytes. Figures are those of the rank with most; where batches decide, of the largest there can
+//! Figures are those of the rank with most; where batches decide, of the largest there can
 //! be.
 
 mod held;

@@ -60,7 +60,7 @@ impl Case<'_> {
                 let (large, small) = base.persistent(self.config.parallel.persistence_threshold);
                 let kept = if self.has_adapters(role) { 0 } else { exchange(small, ranks) };
                 // Gathered for the forward and again for the backward.
-                rounds * (2 * exchange(large, ranks) + gradients) + kept
+                rounds * (2 * self.gathering(large, ranks) + gradients) + kept
             }
         }
     }
@@ -88,7 +88,7 @@ impl Case<'_> {
         let weights = match self.config.role(role).zero_stage {
             3 => {
                 let units = Units::of(self.spec, head, mesh.tensor, mesh.pipeline);
-                rounds * exchange(units.persistent(self.config.parallel.persistence_threshold).0, mesh.data)
+                rounds * self.gathering(units.persistent(self.config.parallel.persistence_threshold).0, mesh.data)
             }
             _ => 0,
         };
@@ -118,6 +118,11 @@ impl Case<'_> {
         let replicas = (self.mesh.world() / tensor).max(1);
         let tokens = ppo.samples_per_iteration().div_ceil(replicas) * ppo.longest_sequence();
         self.tensor_sums(tensor, self.spec.layers as u64, 1, tokens as u64)
+    }
+
+    /// Bytes that each of `ranks` sends so that all have all weights of `units` to compute with.
+    fn gathering(&self, units: Units, ranks: usize) -> u64 {
+        exchange(units, ranks) / F32 * self.number()
     }
 
     /// Blocks of the pipeline stage with most.

@@ -50,7 +50,7 @@ pub fn start(
     let deadline = Duration::from_secs_f64(launch.config.parallel.timeout_s);
     match launch::connect(deadline, asked)? {
         Connected::Threads { ranks } => {
-            let launch = launch.on_mesh_of(ranks, stages)?;
+            let launch = Launch { ranks_here: ranks, ..launch.on_mesh_of(ranks, stages)? };
             let worlds = tandem_collective::Threads::world(ranks, deadline);
             let outcomes = on_threads(worlds, threads, |world| run_rank(&launch, world, &body))?;
             // All ranks stop together or not at all.

@@ -16,6 +16,7 @@ use crate::supervised::batches;
 #[derive(Debug, Clone)]
 pub struct Team {
     parallel: Arc<Parallel>,
+    stage: Stage,
     config: Arc<Config>,
     /// Where what is kept in files goes, if nothing else is said.
     scratch: PathBuf,
@@ -47,12 +48,17 @@ impl Team {
                 inference_tensor: config.generating(stage),
             },
         )?;
-        Ok(Self { parallel, config: Arc::new(config.clone()), scratch: run.path().join("scratch") })
+        Ok(Self { parallel, stage, config: Arc::new(config.clone()), scratch: run.path().join("scratch") })
     }
 
     /// One rank alone, with the defaults.
     pub fn solo() -> Self {
-        Self { parallel: Parallel::solo(), config: Arc::new(Config::default()), scratch: std::env::temp_dir() }
+        Self {
+            parallel: Parallel::solo(),
+            stage: Stage::Sft,
+            config: Arc::new(Config::default()),
+            scratch: std::env::temp_dir(),
+        }
     }
 
     /// This rank's place.
@@ -67,6 +73,8 @@ impl Team {
     pub fn placement(&self, role: Role) -> Result<Placement> {
         let (section, shared) = (self.config.role(role), &self.config.parallel);
         Ok(Placement {
+            precision: self.config.run.precision,
+            is_frozen: !role.is_trained(self.stage),
             persistence_threshold: shared.persistence_threshold,
             prefetch_units: shared.prefetch_units,
             reduce_bucket_bytes: (shared.reduce_bucket_mib as usize) << 20,
