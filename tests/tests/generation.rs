@@ -2,17 +2,20 @@
 //! the one that training computes, bit for bit.
 
 use candle_core::Tensor;
-use tandem_engine::generate::{CacheSize, Completion, Request, SamplingKey, generate};
+use tandem_engine::generate::{CacheSize, Completion, KvCache, Request, SamplingKey, Scheduler, generate};
 use tandem_engine::model::unit::Head;
+use tandem_engine::parallel::{Gradients, Placement};
 use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
-use tandem_engine::{Dropout, Engine, Model, Packed, Recompute, Train};
+use tandem_engine::{Dropout, Engine, Model, Packed, Precision, Recompute, Train};
 use tandem_kernels::sample::SamplingParams;
 use tandem_tests::golden;
 
 const KEY: SamplingKey = SamplingKey { seed: 11, step: 3 };
 
-fn load(family: &str) -> Model {
-    golden::model(family, Head::Language)
+const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+fn load(family: &str, precision: Precision) -> Model {
+    golden::model(family, Head::Language).with_precision(precision).unwrap()
 }
 
 /// Prompts of lengths 1 to 12, some wanted more than once, with different limits and sampling.
@@ -42,8 +45,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn recorded_log_probs_are_those_of_training() {
-    for family in golden::CAUSAL {
-        let model = load(family);
+    for (family, precision) in golden::CAUSAL.into_iter().flat_map(|family| BOTH.map(|precision| (family, precision))) {
+        let model = load(family, precision);
         let requests = requests();
         let completions = answer(&model, &requests, 5, 16);
         // All of them packed into one batch, which is nothing like how they were sampled.
@@ -56,14 +59,31 @@ fn recorded_log_probs_are_those_of_training() {
             labels.extend_from_slice(&completion.ids);
             recorded.extend_from_slice(&completion.logp);
         }
-        let computed = model.log_probs(&batch, &rows, &labels).unwrap().logp.to_vec1::<f32>().unwrap();
-        assert_eq!(bits(&recorded), bits(&computed), "{family}");
+        let scored = model.log_probs(&batch, &rows, &labels).unwrap().logp.to_vec1::<f32>().unwrap();
+        assert_eq!(bits(&recorded), bits(&scored), "{family}, {precision:?}: scored");
+        for recompute in [Recompute::Off, Recompute::On] {
+            let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
+            let trace = model.trace(&batch, None, recompute).unwrap();
+            let loss = |out: &tandem_engine::LogProbs| Ok(out.logp.sum_all()?);
+            let (_, trained) = trace.backward_log_probs(&rows, &labels, &mut grads, loss).unwrap().unwrap();
+            let trained = trained.logp.to_vec1::<f32>().unwrap();
+            assert_eq!(bits(&recorded), bits(&trained), "{family}, {precision:?}: trained");
+        }
+
+        // Without the packed matrices that `generate` keeps.
+        let cache = KvCache::new(&model, CacheSize { slots: 5, max_len: 40 }).unwrap();
+        let plain = Scheduler::new(&model, &cache, KEY, 16).run(&requests, &mut |_, _, _| {}).unwrap();
+        assert!(completions == plain, "{family}, {precision:?}: packed matrices make a difference");
     }
 }
 
 #[test]
 fn a_completion_depends_on_its_request_alone() {
-    let (model, requests) = (load("llama"), requests());
+    BOTH.into_iter().for_each(a_completion_depends_on_its_request_alone_in);
+}
+
+fn a_completion_depends_on_its_request_alone_in(precision: Precision) {
+    let (model, requests) = (load("llama", precision), requests());
     let all = answer(&model, &requests, 4, 8);
     assert_eq!(all.len(), requests.iter().map(|r| r.samples.len()).sum::<usize>());
     for (slots, prefill_tokens) in [(1, 1), (2, 100), (64, 4096)] {
@@ -81,7 +101,7 @@ fn a_completion_depends_on_its_request_alone() {
 
 #[test]
 fn requests_that_cannot_be_met_are_refused() {
-    let model = load("llama");
+    let model = load("llama", Precision::F32);
     let request = |prompt: Vec<u32>, max_new_tokens| Request {
         prompt,
         samples: vec![0],
@@ -142,24 +162,28 @@ fn accumulate(
 
 #[test]
 fn recomputing_changes_no_bit_even_with_dropout() {
-    for family in golden::CAUSAL {
+    for (family, precision) in golden::CAUSAL.into_iter().flat_map(|family| BOTH.map(|precision| (family, precision))) {
         let grads = [Recompute::Off, Recompute::On].map(|recompute| {
-            let mut engine = Engine::new(load(family), optimizer()).unwrap();
+            let mut engine = Engine::new(load(family, precision), optimizer()).unwrap();
             let all = sequences();
             let dropout = Some(Dropout { probability: 0.2, seed: 5, step: 9 });
             accumulate(&mut engine, &all.iter().enumerate().collect::<Vec<_>>(), dropout, recompute);
             golden::bits(engine.grads().in_place().unwrap())
         });
-        assert!(grads[0] == grads[1], "{family}");
+        assert!(grads[0] == grads[1], "{family}, {precision:?}");
     }
 }
 
 #[test]
 fn micro_batches_of_any_size_give_the_same_step() {
+    BOTH.into_iter().for_each(micro_batches_of_any_size_give_the_same_step_in);
+}
+
+fn micro_batches_of_any_size_give_the_same_step_in(precision: Precision) {
     let all = sequences();
     let tokens: usize = all.iter().map(|ids| ids.len() - 1).sum();
     let grads = [8, 1, 3].map(|size| {
-        let mut engine = Engine::new(load("qwen2"), optimizer()).unwrap();
+        let mut engine = Engine::new(load("qwen2", precision), optimizer()).unwrap();
         let dropout = Some(Dropout { probability: 0.1, seed: 5, step: 9 });
         for chunk in all.iter().enumerate().collect::<Vec<_>>().chunks(size) {
             accumulate(&mut engine, chunk, dropout, Recompute::Off);
@@ -185,9 +209,9 @@ fn micro_batches_of_any_size_give_the_same_step() {
 
 #[test]
 fn training_and_generating_do_not_depend_on_the_number_of_threads() {
-    let run = |threads: usize| {
+    let run = |threads: usize, precision: Precision| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
-            let mut engine = Engine::new(load("llama"), optimizer()).unwrap();
+            let mut engine = Engine::new(load("llama", precision), optimizer()).unwrap();
             let all = sequences();
             accumulate(&mut engine, &all.iter().enumerate().collect::<Vec<_>>(), None, Recompute::Off);
             engine.step(50.0).unwrap();
@@ -195,18 +219,23 @@ fn training_and_generating_do_not_depend_on_the_number_of_threads() {
             (golden::bits(&engine.model().units().unwrap()), completions)
         })
     };
-    let one = run(1);
-    assert!(one == run(3));
+    for precision in BOTH {
+        assert!(run(1, precision) == run(3, precision), "{precision:?}");
+    }
 }
 
 #[test]
 fn switching_modes_leaves_weights_and_moments_as_they_are() {
-    let mut engine = Engine::new(load("llama"), optimizer()).unwrap();
+    BOTH.into_iter().for_each(switching_modes_leaves_weights_and_moments_as_they_are_in);
+}
+
+fn switching_modes_leaves_weights_and_moments_as_they_are_in(precision: Precision) {
+    let mut engine = Engine::new(load("llama", precision), optimizer()).unwrap();
     let all = sequences();
     accumulate(&mut engine, &all.iter().enumerate().collect::<Vec<_>>(), None, Recompute::Off);
     assert!(engine.into_generate(CacheSize { slots: 1, max_len: 8 }).unwrap_err().to_string().contains("gradients"));
 
-    let mut engine = Engine::new(load("llama"), optimizer()).unwrap();
+    let mut engine = Engine::new(load("llama", precision), optimizer()).unwrap();
     accumulate(&mut engine, &all.iter().enumerate().collect::<Vec<_>>(), None, Recompute::Off);
     assert!(engine.step(50.0).unwrap().applied);
     let (weights, moments) = (golden::bits(&engine.model().units().unwrap()), moment_bits(&engine));

@@ -1,8 +1,12 @@
 //! One case: its settings, and how it is run here or in a child process.
 
 use std::process::Command;
+use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use tandem_engine::Precision;
+use tandem_kernels::profile;
+use tandem_stages::monitor::breakdown;
 
 use super::{BenchError, Measured, Shape, generate, ppo, train};
 
@@ -31,6 +35,33 @@ impl Work {
     }
 }
 
+/// A number format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// 32-bit floating point.
+    F32,
+    /// Its upper half.
+    Bf16,
+}
+
+impl Format {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::F32 => "f32",
+            Format::Bf16 => "bf16",
+        }
+    }
+
+    /// For the engine.
+    pub fn precision(self) -> Precision {
+        match self {
+            Format::F32 => Precision::F32,
+            Format::Bf16 => Precision::Bf16,
+        }
+    }
+}
+
 /// A case.
 #[derive(Clone, Debug, Args)]
 pub struct Case {
@@ -40,6 +71,9 @@ pub struct Case {
     /// The model.
     #[arg(long, value_enum, default_value = "small")]
     pub shape: Shape,
+    /// What the models compute in.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Format,
     /// Ranks, as threads of one process that share the cores.
     #[arg(long, default_value_t = 1)]
     pub ranks: usize,
@@ -50,7 +84,7 @@ pub struct Case {
     #[arg(long)]
     pub recompute: bool,
     /// Most tokens in one forward.
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 2048)]
     pub tokens_per_micro_batch: usize,
     /// Steps measured.
     #[arg(long, default_value_t = 5)]
@@ -58,6 +92,9 @@ pub struct Case {
     /// Steps before those.
     #[arg(long, default_value_t = 2)]
     pub warmup: usize,
+    /// Print where the time went, warmup included.
+    #[arg(long)]
+    pub profile: bool,
     /// Threads of all ranks together; 0: one for each core.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -69,12 +106,14 @@ impl Case {
         Self {
             work,
             shape,
+            precision: Format::F32,
             ranks: 1,
             zero_stage: 0,
             recompute: false,
-            tokens_per_micro_batch: 4096,
+            tokens_per_micro_batch: 2048,
             steps: 5,
             warmup: 2,
+            profile: false,
             threads: 0,
         }
     }
@@ -92,11 +131,17 @@ impl Case {
     /// # Errors
     /// If the model cannot be made or a step fails.
     pub fn run(&self) -> Result<Measured, BenchError> {
-        match self.work {
+        profile::switch(self.profile);
+        let start = Instant::now();
+        let measured = match self.work {
             Work::Sft | Work::Reward => train::run(self),
             Work::Generate => generate::run(self),
             Work::Ppo => ppo::run(self),
+        }?;
+        if let Some(table) = breakdown(start.elapsed(), self.ranks) {
+            eprintln!("{table}");
         }
+        Ok(measured)
     }
 
     /// Measures it in a process of its own.
@@ -106,6 +151,7 @@ impl Case {
     pub fn run_apart(&self) -> Result<Measured, BenchError> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["case", self.work.name(), "--shape", self.shape.name()]);
+        command.args(["--precision", self.precision.name()]);
         for (name, value) in [
             ("--ranks", self.ranks),
             ("--zero-stage", usize::from(self.zero_stage)),

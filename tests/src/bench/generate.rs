@@ -1,7 +1,7 @@
 //! Sampling in a batch.
 
 use tandem_engine::Model;
-use tandem_engine::generate::{CacheSize, KvCache, Request, SamplingKey, Scheduler};
+use tandem_engine::generate::{Request, SamplingKey, generate};
 use tandem_engine::model::unit::Head;
 use tandem_kernels::sample::SamplingParams;
 
@@ -26,7 +26,7 @@ pub(super) fn prompts(shape: Shape, iteration: u64) -> Vec<Vec<u32>> {
 pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(case.threads()).build()?;
     let seconds = pool.install(|| {
-        let model = Model::initial(case.shape.spec(), Head::Language, 1234)?;
+        let model = Model::initial(case.shape.spec(), Head::Language, 1234)?.frozen(case.precision.precision())?;
         let requests: Vec<Request> = prompts(case.shape, 0)
             .into_iter()
             .enumerate()
@@ -38,11 +38,9 @@ pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
                 sampling: SamplingParams::default(),
             })
             .collect();
-        let size = CacheSize { slots: SEQUENCES, max_len: PROMPT_TOKENS.1 + NEW_TOKENS };
-        let cache = KvCache::new(&model, size)?;
         timed(case.warmup, case.steps, |step| {
             let key = SamplingKey { seed: 1, step: step as u64 };
-            let answers = Scheduler::new(&model, &cache, key, 4096).run(&requests, &mut |_, _, _| {})?;
+            let answers = generate(&model, &requests, SEQUENCES, 4096, key, &mut |_, _, _| {})?;
             let tokens: usize = answers.iter().map(|answer| answer.ids.len()).sum();
             if tokens == SEQUENCES * NEW_TOKENS { Ok(()) } else { Err(format!("{tokens} tokens").into()) }
         })

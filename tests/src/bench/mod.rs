@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-pub use case::{Case, Work};
+pub use case::{Case, Format, Work};
 pub use shape::Shape;
 pub use table::TableArgs;
 pub use zero::ZeroArgs;

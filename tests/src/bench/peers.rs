@@ -14,7 +14,7 @@ pub(super) fn variants(work: Work) -> &'static [&'static str] {
     match work {
         Work::Sft | Work::Reward => &["eager", "compiled"],
         Work::Generate => &["generate", "loop"],
-        Work::Ppo => &["eager"],
+        Work::Ppo => &["eager", "loop"],
     }
 }
 

@@ -33,10 +33,12 @@ pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
 /// Seconds of each phase of each iteration.
 fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
     let (spec, team) = (case.shape.spec(), Team::solo());
+    let precision = case.precision.precision();
     let model = |head, seed| Model::initial(spec.clone(), head, seed);
-    let mut actor = Engine::new(model(Head::Language, 1234)?, optimizer())?;
-    let mut critic = Engine::new(model(Head::Scalar, 1235)?, optimizer())?;
-    let (reference, reward) = (model(Head::Language, 1234)?, model(Head::Scalar, 1236)?);
+    let mut actor = Engine::new(model(Head::Language, 1234)?.with_precision(precision)?, optimizer())?;
+    let mut critic = Engine::new(model(Head::Scalar, 1235)?.with_precision(precision)?, optimizer())?;
+    let (reference, reward) =
+        (model(Head::Language, 1234)?.frozen(precision)?, model(Head::Scalar, 1236)?.frozen(precision)?);
     let rollout = RolloutConfig {
         sampling: SamplingParams::default(),
         max_response_tokens: NEW_TOKENS,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::case::{Case, Work};
+use super::case::{Case, Format, Work};
 use super::peers::{Peer, variants};
 use super::{BenchError, Measured, Shape, median};
 
@@ -18,8 +18,8 @@ pub struct TableArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["tiny", "small"])]
     pub shape: Vec<Shape>,
     /// Number formats.
-    #[arg(long, value_delimiter = ',', default_values = ["f32"])]
-    pub precision: Vec<String>,
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["f32", "bf16"])]
+    pub precision: Vec<Format>,
     /// A Python that has PyTorch and transformers; without it only our side is measured.
     #[arg(long)]
     pub python: Option<PathBuf>,
@@ -46,7 +46,7 @@ impl TableArgs {
         println!("|---|---|---|---|---|---|---|---|---|---|");
         for &work in &self.work {
             for &shape in &self.shape {
-                for precision in &self.precision {
+                for &precision in &self.precision {
                     self.row(work, shape, precision)?;
                 }
             }
@@ -54,8 +54,9 @@ impl TableArgs {
         Ok(())
     }
 
-    fn row(&self, work: Work, shape: Shape, precision: &str) -> Result<(), BenchError> {
-        let case = Case { steps: self.steps, ..Case::new(work, shape) };
+    fn row(&self, work: Work, shape: Shape, precision: Format) -> Result<(), BenchError> {
+        let case = Case { steps: self.steps, precision, ..Case::new(work, shape) };
+        let precision = precision.name();
         let ours_alone = |ours: &Measured| {
             format!(
                 "| {} | {} | {precision} | {:.0} | {:.0} |",

@@ -3,10 +3,11 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tandem_stages::allocator;
 use tandem_tests::bench::{BenchError, Case, TableArgs, ZeroArgs};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 /// Measures whole steps of training, sampling and PPO.
 #[derive(Parser)]
@@ -26,6 +27,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    allocator::keep_pages();
     let run = || -> Result<(), BenchError> {
         match Cli::parse().command {
             Command::Case(case) => println!("{}", serde_json::to_string(&case.run()?)?),
