@@ -199,7 +199,8 @@ impl Weights {
     /// Runs `read` on what this rank holds of a unit: all of it, or its slice.
     pub(crate) fn with_held(&self, index: usize, read: impl FnOnce(&[f32])) -> Result<()> {
         match self {
-            Weights::Whole(whole) => with_slice(whole.masters()[index].flat(), read)?,
+            // Weights that are never trained may be kept in bf16 only.
+            Weights::Whole(whole) => with_slice(whole.masters()[index].widened()?.flat(), read)?,
             Weights::Sliced(sliced) => sliced.with_slice(index, read),
         }
         Ok(())
