@@ -1,4 +1,4 @@
-//! PyTorch on the same work, through `tests/peers/steps.py`.
+//! PyTorch on the same work, through the scripts of `tests/peers`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,11 +25,14 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn new(python: &Path, threads: usize) -> Self {
-        Self { python: python.to_path_buf(), threads }
+    pub(super) fn new(python: &Path, threads: usize) -> Result<Self, BenchError> {
+        // A path, unlike a name to be looked for, is made absolute; what a virtual environment's link points to is not asked.
+        let is_path = python.components().count() > 1;
+        let python = if is_path { std::path::absolute(python)? } else { python.to_path_buf() };
+        Ok(Self { python, threads })
     }
 
-    /// Measures one variant in a process of its own.
+    /// Measures one variant of whole steps in a process of its own.
     pub(super) fn run(
         &self,
         work: Work,
@@ -38,15 +41,47 @@ impl Peer {
         variant: &str,
         steps: usize,
     ) -> Result<Measured, BenchError> {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/peers/steps.py");
+        self.call(
+            concat!(env!("CARGO_MANIFEST_DIR"), "/peers/steps.py"),
+            &[work.name(), "--shape", shape.name(), "--precision", precision, "--variant", variant],
+            steps,
+            self.threads,
+        )
+    }
+
+    /// Measures SFT steps on `ranks` processes among which `library` shards everything.
+    pub(super) fn run_sharded(
+        &self,
+        library: &str,
+        shape: Shape,
+        precision: &str,
+        ranks: usize,
+        steps: usize,
+    ) -> Result<Measured, BenchError> {
+        self.call(
+            concat!(env!("CARGO_MANIFEST_DIR"), "/peers/sharded.py"),
+            &[library, "--shape", shape.name(), "--precision", precision, "--ranks", &ranks.to_string()],
+            steps,
+            (self.threads / ranks).max(1),
+        )
+    }
+
+    /// Runs a script whose processes have `threads` threads each.
+    fn call(&self, script: &str, args: &[&str], steps: usize, threads: usize) -> Result<Measured, BenchError> {
         let mut command = Command::new(&self.python);
-        command.args([script, work.name(), "--shape", shape.name(), "--precision", precision, "--variant", variant]);
+        command.arg(script).args(args);
         command.args(["--threads", &self.threads.to_string(), "--steps", &steps.to_string()]);
         for name in ["OMP_NUM_THREADS", "MKL_NUM_THREADS"] {
-            command.env(name, self.threads.to_string());
+            command.env(name, threads.to_string());
         }
         if let Some(allocator) = ALLOCATORS.iter().find(|path| Path::new(path).exists()) {
             command.env("LD_PRELOAD", allocator);
+        }
+        // Extensions are built by tools that lie beside a virtual environment's Python.
+        if let Some(folder) = self.python.parent().filter(|folder| folder.is_absolute()) {
+            let rest = std::env::var_os("PATH").unwrap_or_default();
+            let folders = std::iter::once(folder.to_path_buf()).chain(std::env::split_paths(&rest));
+            command.env("PATH", std::env::join_paths(folders)?);
         }
         let output = command.output()?;
         let words = String::from_utf8_lossy(&output.stdout);

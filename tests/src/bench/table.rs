@@ -70,7 +70,7 @@ impl TableArgs {
             println!("{} – | – | – | – | – |", ours_alone(&case.run_apart()?));
             return Ok(());
         };
-        let peer = Peer::new(python, case.threads());
+        let peer = Peer::new(python, case.threads())?;
         let wanted = |variant: &&&str| self.variant.is_empty() || self.variant.iter().any(|name| name == **variant);
         for variant in variants(work).iter().filter(wanted) {
             let (mut rounds, mut time, mut memory) = (Vec::new(), Vec::new(), Vec::new());

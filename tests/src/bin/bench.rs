@@ -20,7 +20,7 @@ struct Cli {
 enum Command {
     /// One kind of work in this process; prints one line of JSON.
     Case(Case),
-    /// ZeRO-3 against ZeRO-0.
+    /// ZeRO-3 against ZeRO-0, and the sharding of PyTorch and DeepSpeed where they are installed.
     Zero(ZeroArgs),
     /// All kinds of work, and PyTorch on the same where it is installed.
     Table(TableArgs),
