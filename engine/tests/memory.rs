@@ -1,27 +1,38 @@
-//! What a rank holds between steps is what the formula of its ZeRO stage says (Rajbhandari et al., 2020, section 5, in f32).
+//! What a rank holds between steps is what the formula of its ZeRO stage says (Rajbhandari et al., 2020, section 5, in f32),
+//! and it never holds more than its part and a unit on the way there.
 
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::time::Duration;
 
 use tandem_collective::{Collective, Solo, Threads};
+use tandem_engine::model::Blueprint;
 use tandem_engine::model::spec::{Family, ModelSpec, NormKind, PositionKind};
 use tandem_engine::model::unit::{Head, UnitLayout};
 use tandem_engine::parallel::{Parallel, ParallelConfig, Placement, ZeroStage};
 use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
-use tandem_engine::{Engine, MicroBatch, Model, Packed, Precision, Recompute};
+use tandem_engine::{Engine, MicroBatch, Packed, Precision, Recompute};
 use tandem_kernels::mlp::Activation;
 
 /// Counts the bytes that the whole process holds.
 struct Counting;
 
 static HELD: AtomicI64 = AtomicI64::new(0);
+/// The most that was held since it was last set.
+static PEAK: AtomicI64 = AtomicI64::new(0);
+/// Tests measure the whole process, so one at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn hold(bytes: i64) {
+    let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
+    PEAK.fetch_max(held, Ordering::Relaxed);
+}
 
 // SAFETY: every call goes to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, block: Block) -> *mut u8 {
-        HELD.fetch_add(block.size() as i64, Ordering::Relaxed);
+        hold(block.size() as i64);
         unsafe { System.alloc(block) }
     }
     unsafe fn dealloc(&self, at: *mut u8, block: Block) {
@@ -29,7 +40,7 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.dealloc(at, block) }
     }
     unsafe fn realloc(&self, at: *mut u8, block: Block, size: usize) -> *mut u8 {
-        HELD.fetch_add(size as i64 - block.size() as i64, Ordering::Relaxed);
+        hold(size as i64 - block.size() as i64);
         unsafe { System.realloc(at, block, size) }
     }
 }
@@ -93,7 +104,7 @@ fn held_per_rank(world: usize, stage: ZeroStage, precision: Precision) -> f64 {
             scope.spawn(move || {
                 let parallel = Parallel::new(&rank, &ParallelConfig::default()).unwrap();
                 let placement = Placement { reduce_bucket_bytes: 1, precision, ..Placement::of(parallel, stage) };
-                let model = Model::initial(spec(), Head::Language, 1).unwrap().place(&placement).unwrap();
+                let model = Blueprint::initial(spec(), Head::Language, 1).place(&placement).unwrap();
                 let mut engine = Engine::placed(model, optimizer(), placement).unwrap();
                 let batch = Packed::from_sequences([[1u32, 2, 3, 4, 5]]);
                 let pass = MicroBatch { batch, rows: vec![0, 1, 2, 3], labels: vec![2, 3, 4, 5], dropout: None };
@@ -114,6 +125,7 @@ fn held_per_rank(world: usize, stage: ZeroStage, precision: Precision) -> f64 {
 
 #[test]
 fn a_rank_holds_what_its_stage_says() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let layouts = UnitLayout::all(&spec(), Head::Language);
     let all: usize = layouts.iter().map(UnitLayout::len).sum();
     let (ends, block) = (layouts[0].len(), layouts[1].len());
@@ -144,4 +156,29 @@ fn a_rank_holds_what_its_stage_says() {
             }
         }
     }
+}
+
+/// Ranks that keep slices come to them through one whole unit at a time, not through the whole model.
+#[test]
+fn a_rank_takes_its_part_a_unit_at_a_time() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let layouts = UnitLayout::all(&spec(), Head::Language);
+    let all: usize = layouts.iter().map(UnitLayout::len).sum();
+    let largest = layouts.iter().map(UnitLayout::len).max().unwrap();
+    let world = 4;
+    let before = HELD.load(Ordering::SeqCst);
+    PEAK.store(before, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        for rank in Threads::world(world, Duration::from_secs(120)) {
+            scope.spawn(move || {
+                let parallel = Parallel::new(&rank, &ParallelConfig::default()).unwrap();
+                let placement = Placement::of(parallel, ZeroStage::Three);
+                drop(Blueprint::initial(spec(), Head::Language, 1).place(&placement).unwrap());
+            });
+        }
+    });
+    let peak = (PEAK.load(Ordering::SeqCst) - before) as f64 / world as f64;
+    // A tenth for layouts, tables and threads.
+    let most = 4.0 * (all / world + largest) as f64 * 1.1;
+    assert!(peak <= most, "{peak} bytes at the peak of loading, {most} expected, {} are all", 4 * all);
 }

@@ -91,7 +91,7 @@ pub fn run(args: &ChatArgs) -> Result<Outcome> {
     let generation = args.generation(&defaults(&path)?)?;
     let loaded = models::load(&args.model, Head::Language)?;
     let mut conversation = Conversation {
-        model: loaded.model,
+        model: loaded.blueprint.model()?,
         tokenizer: loaded.tokenizer,
         generation,
         seed: args.seed,

@@ -11,9 +11,11 @@ use tandem_data::{DataError, Tokenizer};
 use tandem_engine::Model;
 use tandem_engine::model::export::{self, ExportOptions, SpecialIds};
 use tandem_engine::model::families::{self, RewardScale};
+use tandem_engine::model::import::{self, Opened};
 use tandem_engine::model::unit::{Head, SCORE};
-use tandem_engine::model::{gguf, import};
+use tandem_engine::model::{Blueprint, gguf};
 use tandem_kernels::rng::{Philox, Purpose};
+use tandem_kernels::slice::with_slice;
 use tandem_store::Staging;
 
 use crate::config::{Config, DataConfig, ExportDtype, GenerationConfig, NewModelConfig};
@@ -24,14 +26,16 @@ use crate::error::Result;
 const NO_TEMPLATE: &str = "none";
 /// Address of the scalar head's initial weights, away from those of the units.
 const SCORE_ADDRESS: u64 = u64::MAX;
+/// The unit of the embedding and the head.
+const ENDS: usize = 0;
 /// Elements digested at a time.
 const CHUNK: usize = 1 << 14;
 
-/// A model with all that belongs to it.
+/// A model with all that belongs to it. Its weights are read when it takes its place on this rank.
 #[derive(Debug)]
 pub struct LoadedModel {
     /// The model.
-    pub model: Model,
+    pub blueprint: Blueprint,
     /// Its tokenizer, whose ids all have an embedding.
     pub tokenizer: Tokenizer,
     /// The `config.json` it came with; `Null` for a model made from nothing.
@@ -40,8 +44,6 @@ pub struct LoadedModel {
     pub reward_scale: Option<RewardScale>,
     /// A scalar head was asked for and the model has none: it is zero.
     pub missing_score: bool,
-    /// Digest of weights, tokenizer and chat template (lower-case hex).
-    pub digest: String,
 }
 
 /// Loads the model that `source` names (a Hugging Face folder, a GGUF file or a hub id), with its own tokenizer.
@@ -69,24 +71,20 @@ pub fn load_for(config: &Config, source: &str, head: Head) -> Result<LoadedModel
 fn load_with(source: &str, head: Head, tokenizer: impl FnOnce(&Path) -> Result<Tokenizer>) -> Result<LoadedModel> {
     let path = resolve_model(source)?;
     let tokenizer = tokenizer(&path)?;
-    let loaded = import::load(&path, head)?;
-    tokenizer.check_fits(loaded.spec.vocab_size)?;
-    let (reward_scale, missing_score) = (loaded.reward_scale, loaded.missing_score);
-    let (model, source_config) = loaded.into_model()?;
-    let digest = digest(&model, &tokenizer)?;
-    Ok(LoadedModel { model, tokenizer, source_config, reward_scale, missing_score, digest })
+    let Opened { blueprint, config, reward_scale, missing_score } = import::open(&path, head)?;
+    tokenizer.check_fits(blueprint.spec().vocab_size)?;
+    Ok(LoadedModel { blueprint, tokenizer, source_config: config, reward_scale, missing_score })
 }
 
 /// A language model with random weights drawn from `seed`, for the vocabulary of `tokenizer`.
 ///
 /// # Errors
-/// A shape that no `config.json` can express, or memory that cannot be had.
+/// A shape that no `config.json` can express.
 pub fn initial(new: &NewModelConfig, tokenizer: Tokenizer, seed: u64) -> Result<LoadedModel> {
     let spec = new.spec(tokenizer.vocab_size());
     families::check_expressible(&spec)?;
-    let model = Model::initial(spec, Head::Language, seed)?;
-    let digest = digest(&model, &tokenizer)?;
-    Ok(LoadedModel { model, tokenizer, source_config: Value::Null, reward_scale: None, missing_score: false, digest })
+    let blueprint = Blueprint::initial(spec, Head::Language, seed);
+    Ok(LoadedModel { blueprint, tokenizer, source_config: Value::Null, reward_scale: None, missing_score: false })
 }
 
 impl LoadedModel {
@@ -94,19 +92,53 @@ impl LoadedModel {
     /// (Stiennon et al., 2020, "Learning to summarize from human feedback", appendix B.1). A head that is there stays.
     ///
     /// A reward model must not start at zero: its score is bounded by the head's norm, which then has to grow first.
+    pub fn init_score(self, seed: u64) -> Self {
+        if !self.missing_score {
+            return self;
+        }
+        let blueprint = self.blueprint.amended(ENDS, move |ends| {
+            let Some(slot) = ends.layout().slot(SCORE) else { return Ok(()) };
+            let mut values = vec![0f32; slot.len()];
+            let std = 1.0 / ((slot.len() + 1) as f64).sqrt();
+            Philox::new(seed, Purpose::Init, 0).fill_normal(SCORE_ADDRESS, 0, std, &mut values);
+            let len = values.len();
+            Ok(ends.flat().slice_set(&Tensor::from_vec(values, len, &Device::Cpu)?, 0, slot.offset)?)
+        });
+        Self { blueprint, missing_score: false, ..self }
+    }
+
+    /// The model with scores in the units of the rewards, which the spread of a reward model has scaled: what a critic made
+    /// from one starts with.
+    pub fn in_units_of_reward(self) -> Blueprint {
+        let Some(scale) = self.reward_scale.filter(|scale| scale.std > 0.0) else { return self.blueprint };
+        self.blueprint.amended(ENDS, move |ends| {
+            let score = ends.get(SCORE)?;
+            Ok(score.slice_set(&(&score / scale.std)?.contiguous()?, 0, 0)?)
+        })
+    }
+
+    /// BLAKE3 over everything that decides what the model computes from a text (lower-case hex). Reads all weights once, and
+    /// so finds what is wrong with them before anything is begun.
     ///
     /// # Errors
-    /// If the tensor library refuses.
-    pub fn init_score(&mut self, seed: u64) -> Result<()> {
-        let ends = &self.model.units()?[0];
-        let Some(slot) = ends.layout().slot(SCORE).filter(|_| self.missing_score) else { return Ok(()) };
-        let mut values = vec![0f32; slot.len()];
-        let std = 1.0 / ((slot.len() + 1) as f64).sqrt();
-        Philox::new(seed, Purpose::Init, 0).fill_normal(SCORE_ADDRESS, 0, std, &mut values);
-        let len = values.len();
-        ends.flat().slice_set(&Tensor::from_vec(values, len, &Device::Cpu)?, 0, slot.offset)?;
-        self.missing_score = false;
-        Ok(())
+    /// If the weights cannot be read or one is not a finite number.
+    pub fn digest(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?} {:?}", self.blueprint.spec(), self.blueprint.head()).as_bytes());
+        let mut bytes = Vec::with_capacity(4 * CHUNK);
+        for unit in self.blueprint.units() {
+            with_slice(unit?.flat(), |values| {
+                for values in values.chunks(CHUNK) {
+                    bytes.clear();
+                    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                    hasher.update(&bytes);
+                }
+            })
+            .map_err(tandem_engine::Error::from)?;
+        }
+        hasher.update(self.tokenizer.files().tokenizer());
+        hasher.update(self.tokenizer.template().map_or("", |template| template.source()).as_bytes());
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// Refuses samples of a length that the model has no positions for.
@@ -114,7 +146,7 @@ impl LoadedModel {
     /// # Errors
     /// [`ConfigError::Invalid`](crate::config::ConfigError), if `tokens`, which `key` says, are too many.
     pub fn check_length(&self, key: &str, tokens: usize) -> Result<()> {
-        check_length(self.model.spec(), key, tokens)
+        check_length(self.blueprint.spec(), key, tokens)
     }
 }
 
@@ -207,21 +239,4 @@ pub fn set_template(tokenizer: &mut Tokenizer, data: &DataConfig) -> Result<()> 
             Ok(tokenizer.set_template(path, Some(&source))?)
         }
     }
-}
-
-/// BLAKE3 over everything that decides what the model computes from a text.
-fn digest(model: &Model, tokenizer: &Tokenizer) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{:?} {:?}", model.spec(), model.head()).as_bytes());
-    let mut bytes = Vec::with_capacity(4 * CHUNK);
-    for unit in model.units()? {
-        for values in unit.flat().to_vec1::<f32>()?.chunks(CHUNK) {
-            bytes.clear();
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            hasher.update(&bytes);
-        }
-    }
-    hasher.update(tokenizer.files().tokenizer());
-    hasher.update(tokenizer.template().map_or("", |template| template.source()).as_bytes());
-    Ok(hasher.finalize().to_hex().to_string())
 }

@@ -43,29 +43,28 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
         launch.say(format_args!("reward: {train} rows, {eval} held out; starts from what sft will make"));
         return Ok(Outcome::Finished);
     }
-    let mut start = models::load_for(config, &source, Head::Scalar)?;
+    let start = models::load_for(config, &source, Head::Scalar)?.init_score(config.run.seed);
     start.check_length("data.max_tokens", config.data.max_tokens)?;
-    start.init_score(config.run.seed)?;
     let pairs = reward_pairs(config, &start.tokenizer)?;
     let training = config.reward.training();
     if launch.dry_run {
         let (train, eval, steps) = (pairs.train.len(), pairs.eval.len(), training.steps(pairs.train.len()));
         let work = format!("{train} pairs, {eval} held out, {steps} steps");
-        return dry_run::print(launch, Stage::Reward, start.model.spec(), &work);
+        return dry_run::print(launch, Stage::Reward, start.blueprint.spec(), &work);
     }
     let mut run = Run::open(dir, Stage::Reward, config, launch.resume, &launch.world)?;
     run.pin("data", &pairs.digest)?;
-    run.pin("model", &start.digest)?;
+    run.pin("model", &start.digest()?)?;
     if run.is_finished() {
         tracing::info!("reward: finished before; nothing is left to do");
         return Ok(Outcome::Finished);
     }
-    let LoadedModel { model, tokenizer, source_config, .. } = start;
+    let LoadedModel { blueprint, tokenizer, source_config, .. } = start;
     let (seed, role) = (config.run.seed, Role::RewardModel);
     let plan = Plan { stage: Stage::Reward, training, optimizer: &config.reward.optimizer, seed, role };
     let team = Team::new(launch, &run, Stage::Reward)?;
     let objective = Preferences::new(&pairs, config);
-    let Some(trained) = supervised::train(launch, &mut run, &team, &plan, model, &objective)? else {
+    let Some(trained) = supervised::train(launch, &mut run, &team, &plan, &blueprint, &objective)? else {
         return Ok(Outcome::Stopped);
     };
     let scale = objective.scale(&trained.model, &team)?;

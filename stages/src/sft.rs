@@ -44,18 +44,18 @@ pub fn run(launch: &Launch, dir: &Path, _pipeline: Option<&Path>) -> Result<Outc
     let training = config.sft.training();
     let mut run = Run::open(dir, Stage::Sft, config, launch.resume, &launch.world)?;
     run.pin("data", &samples.digest)?;
-    run.pin("model", &start.digest)?;
+    run.pin("model", &start.digest()?)?;
     if run.is_finished() {
         tracing::info!("sft: finished before; nothing is left to do");
         return Ok(Outcome::Finished);
     }
     let base = config.model.path.clone().unwrap_or_default();
-    let LoadedModel { model, tokenizer, source_config, .. } = start;
+    let LoadedModel { blueprint, tokenizer, source_config, .. } = start;
     let (seed, role) = (config.run.seed, Role::Actor);
     let plan = Plan { stage: Stage::Sft, training, optimizer: &config.sft.optimizer, seed, role };
     let team = Team::new(launch, &run, Stage::Sft)?;
     let objective = Responses { samples: &samples, loss: config.sft.loss, budget: training.tokens_per_micro_batch };
-    let Some(trained) = supervised::train(launch, &mut run, &team, &plan, model, &objective)? else {
+    let Some(trained) = supervised::train(launch, &mut run, &team, &plan, &blueprint, &objective)? else {
         return Ok(Outcome::Stopped);
     };
     adapters::publish(&trained.model, &config.lora, &base, &mut run)?;
@@ -95,7 +95,7 @@ fn plan(launch: &Launch) -> Result<Outcome> {
     let (spec, tokenizer) = match config.sft_model()? {
         ModelSource::Path(path) => {
             let loaded = models::load_for(config, &path, Head::Language)?;
-            (loaded.model.spec().clone(), loaded.tokenizer)
+            (loaded.blueprint.spec().clone(), loaded.tokenizer)
         }
         // Its weights need not be drawn.
         ModelSource::New(new) => {

@@ -1,6 +1,7 @@
 //! The model: units, and passes over packed batches through them.
 
 mod block;
+mod blueprint;
 mod choose;
 mod ends;
 mod exchange;
@@ -26,6 +27,7 @@ use candle_core::Tensor;
 use tandem_kernels::attention::AttentionSpec;
 use tandem_kernels::rope::RopeTable;
 
+pub use blueprint::Blueprint;
 pub use pass::Dropout;
 pub use trace::{Recompute, Trace};
 

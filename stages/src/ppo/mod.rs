@@ -18,10 +18,11 @@ use std::time::Instant;
 use tandem_collective::Tag;
 use tandem_data::experience::ExperienceRow;
 use tandem_data::order::permutation;
+use tandem_engine::model::Blueprint;
 use tandem_engine::model::spec::ModelSpec;
-use tandem_engine::model::unit::{Head, SCORE};
+use tandem_engine::model::unit::Head;
 use tandem_engine::train::Ema;
-use tandem_engine::{Engine, Model, Recompute, SwitchConfig};
+use tandem_engine::{Engine, Recompute, SwitchConfig};
 
 use self::advantage::RewardShape;
 use self::experience::{Explorer, Figures, Times};
@@ -65,18 +66,18 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
     base.check_length("ppo.max_prompt_tokens + ppo.max_response_tokens", ppo.longest_sequence())?;
     let critic = models::load_for(config, &sources.critic, Head::Scalar)?;
     check_critic(&base, &critic)?;
-    run.pin("actor", &base.digest)?;
-    run.pin("critic", &critic.digest)?;
+    run.pin("actor", &base.digest()?)?;
+    run.pin("critic", &critic.digest()?)?;
     let team = Team::new(launch, &run, Stage::Ppo)?;
     let mut scorer = scorer(&team, &sources.reward, &base.tokenizer, ppo.tokens_per_micro_batch)?;
     let prompts = dataset::prompts(config, &base.tokenizer)?;
     run.pin("data", &prompts.digest)?;
 
-    let (mut learner, mut state) = start(&run, config, &team, &base.model, critic)?;
+    let (mut learner, mut state) = start(&run, config, &team, &base.blueprint, critic)?;
     // Adapters leave the weights beneath them as they are: the reference needs no copy of its own.
     let reference = match learner.actor.model().lora() {
         Some(_) => learner.actor.model().base(),
-        None => base.model.place(&team.placement(Role::Reference)?)?,
+        None => base.blueprint.place(&team.placement(Role::Reference)?)?,
     };
     let explorer = Explorer {
         team: &team,
@@ -165,7 +166,13 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
 }
 
 /// The models and counters to go on from: those of the newest checkpoint, or fresh ones.
-fn start(run: &Run, config: &Config, team: &Team, actor: &Model, critic: LoadedModel) -> Result<(Learner, PpoState)> {
+fn start(
+    run: &Run,
+    config: &Config,
+    team: &Team,
+    actor: &Blueprint,
+    critic: LoadedModel,
+) -> Result<(Learner, PpoState)> {
     let ppo = &config.ppo;
     let steps = ppo.steps();
     let (actor_optimizer, critic_optimizer) =
@@ -177,16 +184,14 @@ fn start(run: &Run, config: &Config, team: &Team, actor: &Model, critic: LoadedM
         gather_units: ppo.tp_gather_partition_size,
     };
     if let Some(point) = run.resume_point() {
-        let critic = (critic.model.spec(), critic_optimizer, &critic_place);
+        let critic = (critic.blueprint.spec(), critic_optimizer, &critic_place);
         let mut learner =
             Learner::load(&point.files, (actor, &config.lora, actor_optimizer, &actor_place), critic, ppo.ema_decay)?;
         learner.actor = learner.actor.switching(switching);
         return Ok((learner, point.state()?));
     }
-    let critic = in_units_of_reward(critic)?.place(&critic_place)?;
+    let critic = critic.in_units_of_reward().place(&critic_place)?;
     let critic = Engine::placed(critic, critic_optimizer, critic_place)?;
-    // Adapters never change the weights beneath them, which may then be those of the reference.
-    let actor = if config.lora.is_on() { actor.clone() } else { actor.duplicate()? };
     let actor = adapters::attach(actor.place(&actor_place)?, &config.lora, config.run.seed, &actor_place)?;
     let ema = ppo.ema_decay.map(|decay| Ema::new(&actor, decay, &actor_place)).transpose()?;
     let actor = Engine::placed(actor, actor_optimizer, actor_place)?.switching(switching);
@@ -199,17 +204,6 @@ fn start(run: &Run, config: &Config, team: &Team, actor: &Model, critic: LoadedM
         totals: Totals::default(),
     };
     Ok((learner, state))
-}
-
-/// A critic made from a reward model starts in the units of the rewards, which that model's spread has scaled.
-fn in_units_of_reward(critic: LoadedModel) -> Result<Model> {
-    if let Some(scale) = critic.reward_scale
-        && scale.std > 0.0
-    {
-        let score = critic.model.units()?[0].get(SCORE)?;
-        score.slice_set(&(&score / scale.std)?.contiguous()?, 0, 0)?;
-    }
-    Ok(critic.model)
 }
 
 /// The critic reads the actor's tokens as they are, so both must mean the same by them.
@@ -229,7 +223,7 @@ fn plan(launch: &Launch, sources: &PpoModels) -> Result<Outcome> {
     }
     let config = &launch.config;
     let shape = |source: &str| -> Result<ModelSpec> {
-        Ok(models::load_for(config, source, Head::Language)?.model.spec().clone())
+        Ok(models::load_for(config, source, Head::Language)?.blueprint.spec().clone())
     };
     // In a pipeline that has not begun there is no actor to look at yet; its shape is that of `[model]`.
     let spec = shape(&sources.actor).or_else(|error| match (&config.model, &config.tokenizer.train) {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use tandem_engine::checkpoint::{load_ema, load_engine, load_lora_engine, save_ema, save_engine};
+use tandem_engine::model::Blueprint;
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
 use tandem_engine::parallel::Placement;
@@ -128,15 +129,13 @@ impl Learner {
     /// Reads what [`Learner::save`] wrote.
     pub(super) fn load(
         checkpoint: &Published,
-        actor: (&Model, &LoraConfig, OptimizerConfig, &Placement),
+        actor: (&Blueprint, &LoraConfig, OptimizerConfig, &Placement),
         critic: (&ModelSpec, OptimizerConfig, &Placement),
         ema_decay: Option<f64>,
     ) -> Result<Self> {
         let (base, lora, optimizer, placement) = actor;
         let actor = match adapters::config(lora, base.spec(), Head::Language)? {
-            Some(lora) => {
-                load_lora_engine(base.clone().place(placement)?, &lora, optimizer, ACTOR, checkpoint, placement)?
-            }
+            Some(lora) => load_lora_engine(base.place(placement)?, &lora, optimizer, ACTOR, checkpoint, placement)?,
             None => load_engine(base.spec(), Head::Language, optimizer, ACTOR, checkpoint, placement)?,
         };
         let load_ema = |decay| load_ema(actor.model(), decay, EMA, checkpoint, placement);

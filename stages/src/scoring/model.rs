@@ -46,7 +46,7 @@ impl ModelScorer {
         }
         let same = loaded.tokenizer.files().tokenizer() == policy.files().tokenizer();
         let reader = (!same).then(|| Reader { tokenizer: loaded.tokenizer, policy_stops: policy.stop_ids().to_vec() });
-        let model = loaded.model.place(&team.placement(Role::RewardModel)?)?;
+        let model = loaded.blueprint.place(&team.placement(Role::RewardModel)?)?;
         Ok(Self { team: team.clone(), model, scale: loaded.reward_scale, reader, tokens_per_micro_batch })
     }
 

@@ -48,7 +48,7 @@ fn it_learns_and_says_so() {
     assert!(rows.iter().all(|row| row[field::TOKENS].as_u64() > Some(0)), "{rows:?}");
 
     let loaded = models::load(out.join("export").to_str().unwrap(), Head::Language).unwrap();
-    assert_eq!(loaded.model.spec().hidden, 32);
+    assert_eq!(loaded.blueprint.spec().hidden, 32);
     assert_eq!(loaded.tokenizer.stop_ids(), [loaded.tokenizer.eos()]);
     let generation = fs::read_to_string(out.join("export/generation_config.json")).unwrap();
     assert!(generation.contains("\"eos_token_id\"") && generation.contains("\"temperature\""), "{generation}");

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use tandem_collective::Tag;
 use tandem_data::Sampler;
 use tandem_engine::checkpoint::{load_engine, load_lora_engine, save_engine};
+use tandem_engine::model::Blueprint;
 use tandem_engine::{Dropout, Engine, Model, Recompute, Train};
 use tandem_store::Staging;
 
@@ -106,7 +107,7 @@ pub struct Trained {
     pub tokens: u64,
 }
 
-/// Trains `model` (or what the run's checkpoint holds) until the plan's last step. `None`: stopped on request, saved.
+/// Trains the model of `blueprint` (or what the run's checkpoint holds) until the plan's last step. `None`: stopped on request, saved.
 ///
 /// # Errors
 /// [`crate::error::StageError::Numerical`] after several steps in a row whose numbers were not finite, and what the engine or the
@@ -116,7 +117,7 @@ pub fn train(
     run: &mut Run,
     team: &Team,
     plan: &Plan<'_>,
-    model: Model,
+    blueprint: &Blueprint,
     objective: &dyn Objective,
 ) -> Result<Option<Trained>> {
     let total = plan.training.steps(objective.rows());
@@ -124,20 +125,18 @@ pub fn train(
     let placement = team.placement(plan.role)?;
     let (mut engine, mut state) = match run.resume_point() {
         Some(point) => {
-            let (spec, head) = (model.spec().clone(), model.head());
-            let files = &point.files;
-            let engine = match adapters::config(&launch.config.lora, model.spec(), head)? {
-                Some(lora) => load_lora_engine(model.place(&placement)?, &lora, optimizer, MODEL, files, &placement)?,
-                None => {
-                    // Two models at once would be one too many.
-                    drop(model);
-                    load_engine(&spec, head, optimizer, MODEL, files, &placement)?
+            let (spec, head, files) = (blueprint.spec(), blueprint.head(), &point.files);
+            let engine = match adapters::config(&launch.config.lora, spec, head)? {
+                Some(lora) => {
+                    let base = blueprint.place(&placement)?;
+                    load_lora_engine(base, &lora, optimizer, MODEL, files, &placement)?
                 }
+                None => load_engine(spec, head, optimizer, MODEL, files, &placement)?,
             };
             (engine, point.state::<State>()?)
         }
         None => {
-            let model = adapters::attach(model.place(&placement)?, &launch.config.lora, plan.seed, &placement)?;
+            let model = adapters::attach(blueprint.place(&placement)?, &launch.config.lora, plan.seed, &placement)?;
             (Engine::placed(model, optimizer, placement)?, State::default())
         }
     };

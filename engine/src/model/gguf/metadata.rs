@@ -2,7 +2,7 @@
 
 use std::io::{Cursor, Read};
 use std::panic::catch_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::{Content, Value as Field};
 use serde_json::{Value, json};
@@ -15,15 +15,15 @@ use crate::{Error, Result};
 const HEAD_LIMIT: u64 = 32 << 20;
 
 /// The head of a GGUF file.
-pub(super) struct Head<'a> {
-    pub(super) path: &'a Path,
+pub(super) struct Head {
+    pub(super) path: PathBuf,
     pub(super) file: std::fs::File,
     pub(super) content: Content,
 }
 
-impl<'a> Head<'a> {
+impl Head {
     /// Reads the head of the file `path`.
-    pub(super) fn read(path: &'a Path) -> Result<Self> {
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let (file, length) = open(path)?;
         let wrong = |reason: String| Error::model_file(path, reason, "get the file anew");
         let mut head = Vec::new();
@@ -36,7 +36,7 @@ impl<'a> Head<'a> {
         if content.tensor_data_offset > length {
             return Err(wrong("it ends in its header".into()));
         }
-        Ok(Self { path, file, content })
+        Ok(Self { path: path.to_path_buf(), file, content })
     }
 
     /// A field's value.
@@ -68,7 +68,7 @@ impl<'a> Head<'a> {
 
     /// An error about the file as a whole.
     pub(super) fn refuse(&self, reason: impl Into<String>) -> Error {
-        Error::model_file(self.path, reason, "take the model's folder in the format of transformers")
+        Error::model_file(&self.path, reason, "take the model's folder in the format of transformers")
     }
 
     fn number(&self, key: &str) -> Option<f64> {

@@ -6,13 +6,14 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Device;
 
+use super::Blueprint;
 use super::families::{self, Part, TensorMap};
 use super::import::fill::{Place, check_finite, rows_mut};
-use super::import::{Loaded, sources};
+use super::import::{Opened, sources};
 use super::names::{Matched, NameTable};
 use super::spec::{Family, ModelSpec};
 use super::unit::{Head, SCORE, UnitBuffer, UnitLayout};
@@ -67,23 +68,26 @@ static PLAIN: NameTable = NameTable {
     buffers: &[],
 };
 
-/// Loads the GGUF file `path`; a scalar head starts at zero, for the format has none.
-pub(super) fn load(path: &Path, head: Head) -> Result<Loaded> {
+/// Opens the GGUF file `path`; a scalar head starts at zero, for the format has none.
+pub(super) fn open(path: &Path, head: Head) -> Result<Opened> {
     let file = metadata::Head::read(path)?;
     let config = file.config()?;
     let spec = families::read_spec(path, &config)?;
     let names = if spec.gated { &GATED } else { &PLAIN };
-    let layouts = families::layouts(&spec, head);
-    let mut maps = names.tensors(&layouts, &spec)?;
+    let mut maps = names.tensors(&families::layouts(&spec, head), &spec)?;
     maps.retain(|map| map.param != SCORE);
     let mut found: Vec<(&str, &[usize])> =
         file.content.tensor_infos.iter().map(|(name, info)| (name.as_str(), info.shape.dims())).collect();
     found.sort_unstable();
     let matched = Matched::new(names, &maps, &found, |name| names.ignorable(name, &spec, head));
     let sources = sources(path, matched)?;
-    let stored: Vec<&str> = sources.into_iter().map(|index| found[index].0).collect();
-    let units = layouts.iter().map(|layout| load_unit(&file, layout, &spec, &maps, &stored)).collect::<Result<_>>()?;
-    Ok(Loaded { spec, head, units, config, reward_scale: None, missing_score: head == Head::Scalar })
+    let stored: Vec<String> = sources.into_iter().map(|index| found[index].0.to_string()).collect();
+    // The file has one place that it is read from.
+    let (file, shape) = (Mutex::new(file), spec.clone());
+    let blueprint = Blueprint::new(spec, head, move |layout| {
+        load_unit(&file.lock().unwrap_or_else(PoisonError::into_inner), layout, &shape, &maps, &stored)
+    });
+    Ok(Opened { blueprint, config, reward_scale: None, missing_score: head == Head::Scalar })
 }
 
 fn load_unit(
@@ -91,12 +95,12 @@ fn load_unit(
     layout: &Arc<UnitLayout>,
     spec: &ModelSpec,
     maps: &[TensorMap],
-    stored: &[&str],
+    stored: &[String],
 ) -> Result<UnitBuffer> {
     let mut flat = vec![0f32; layout.len()];
     for (index, map) in families::of_unit(maps, layout.id) {
-        let mut values = dequantise(file, stored[index])?;
-        check_finite(file.path, stored[index], &values)?;
+        let mut values = dequantise(file, &stored[index])?;
+        check_finite(&file.path, &stored[index], &values)?;
         if spec.family == Family::Llama {
             match map.part {
                 Part::Query => values = half_split(&values, spec.heads, spec.head_dim),
@@ -118,7 +122,7 @@ fn dequantise(file: &metadata::Head, name: &str) -> Result<Vec<f32>> {
         let tensor = file.content.tensor(&mut &file.file, name, &Device::Cpu)?;
         tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
     };
-    let wrong = |reason: String| Error::model_file(file.path, reason, "get the file anew");
+    let wrong = |reason: String| Error::model_file(&file.path, reason, "get the file anew");
     // The blocks of a quantised tensor come from the file; the library is not trusted with every one of them.
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(Ok(values)) => Ok(values),

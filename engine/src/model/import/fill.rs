@@ -6,6 +6,7 @@ use std::path::Path;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::header::{Dtype, Stored};
 use crate::model::names::TensorMap;
@@ -30,19 +31,27 @@ pub(crate) fn fill(
     let Some(rows) = rows_mut(flat, layout, map) else {
         return Err(Error::NoParameter { unit: map.unit, name: map.param.to_string() });
     };
-    let mut bytes = vec![0u8; CHUNK.min(rows.len()) * stored.dtype.size() as usize];
-    let mut values = vec![0f32; CHUNK.min(rows.len())];
-    let mut place = Place::new(map, rows);
-    for first in (0..place.len()).step_by(CHUNK) {
-        let count = CHUNK.min(place.len() - first);
+    let read = |first: usize, values: &mut [f32]| -> Result<()> {
         let size = stored.dtype.size();
-        let (bytes, values) = (&mut bytes[..count * size as usize], &mut values[..count]);
-        file.read_exact_at(bytes, stored.start + first as u64 * size).map_err(|error| Error::io(path, error))?;
-        if !decode(stored.dtype, bytes, values) {
+        let mut bytes = vec![0u8; values.len() * size as usize];
+        file.read_exact_at(&mut bytes, stored.start + first as u64 * size).map_err(|error| Error::io(path, error))?;
+        if !decode(stored.dtype, &bytes, values) {
             let reason = format!("{} is neither f32, f16 nor bf16", stored.name);
             return Err(Error::model_file(path, reason, "convert the model to one of them"));
         }
-        check_finite(path, &stored.name, values)?;
+        check_finite(path, &stored.name, values)
+    };
+    if !map.transposed {
+        // In parallel, but with the error of the first chunk that has one, so that it does not depend on timing.
+        let chunks = rows.par_chunks_mut(CHUNK).enumerate();
+        let read: Vec<Result<()>> = chunks.map(|(chunk, values)| read(chunk * CHUNK, values)).collect();
+        return read.into_iter().collect();
+    }
+    let mut values = vec![0f32; CHUNK.min(rows.len())];
+    let mut place = Place::new(map, rows);
+    for first in (0..place.len()).step_by(CHUNK) {
+        let values = &mut values[..CHUNK.min(place.len() - first)];
+        read(first, values)?;
         place.put(first, values);
     }
     Ok(())

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use tandem_data::BpeTraining;
+use tandem_engine::model::Blueprint;
 use tandem_store::RunDir;
 
 use super::*;
@@ -23,11 +24,11 @@ fn exported(dir: &Path, head: Head, tokenizer: &Tokenizer) -> (Model, String) {
     let config = rated(dir, 4, SMALL);
     let mut made = models::initial(config.model.new.as_ref().unwrap(), tokenizer.clone(), 3).unwrap();
     if head == Head::Scalar {
-        made.model = Model::initial(made.model.spec().clone(), head, 3).unwrap();
+        made.blueprint = Blueprint::initial(made.blueprint.spec().clone(), head, 3);
         made.missing_score = true;
-        made.init_score(3).unwrap();
+        made = made.init_score(3);
     }
-    let model = made.model;
+    let model = made.blueprint.model().unwrap();
     let scale = (head == Head::Scalar).then_some(SCALE);
     let run = RunDir::open(dir).unwrap();
     let mut staging = run.stage_export().unwrap();
