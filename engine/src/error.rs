@@ -29,8 +29,8 @@ pub enum Error {
         /// Why, and what to do.
         reason: String,
     },
-    /// Weights were to change while ranks still read them: calls of this engine ran out of order.
-    #[error("weights were to change while other ranks still read them; all ranks must make the same calls")]
+    /// Weights were to change while ranks still read them: a pass has failed half-way, or calls ran out of order.
+    #[error("weights were to change while a pass still reads them; after a failed pass start again from a checkpoint")]
     WeightsInUse,
     /// A kernel refused its arguments.
     #[error(transparent)]

@@ -11,10 +11,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use tandem_collective::{ExactSum, Work, all_reduce_exact};
+use tandem_collective::{ExactSum, all_reduce_exact};
 use tandem_kernels::reduce::{add_slice, block_sum_squares};
-use tandem_kernels::slice::{SharedTensor, with_slice};
+use tandem_kernels::slice::with_slice;
 
+use super::reduced::Reduced;
 use super::slice::Slicing;
 use super::sums::Sums;
 use super::{Placement, ZeroStage, bytes};
@@ -49,27 +50,6 @@ enum Mode {
     /// Kernels add to these buffers.
     InPlace(Vec<UnitBuffer>),
     Reduced(Reduced),
-}
-
-#[derive(Debug)]
-struct Reduced {
-    /// ZeRO-1: the gradient of a whole pass, reduced at its end.
-    whole: Option<Vec<UnitBuffer>>,
-    /// Buffers of units that are being computed.
-    open: Vec<Option<UnitBuffer>>,
-    /// Room for units, some of it perhaps still being read by peers.
-    room: Vec<Room>,
-    under_way: VecDeque<(usize, Work)>,
-    under_way_bytes: usize,
-    sums: Vec<Sums>,
-}
-
-#[derive(Debug)]
-struct Room {
-    buffer: UnitBuffer,
-    /// Lent to peers that add it up.
-    lent: Option<Arc<SharedTensor>>,
-    open: bool,
 }
 
 impl Gradients {
@@ -319,90 +299,4 @@ impl Gradients {
 /// Which slice of the gradient is this rank's.
 fn slice_rank(placement: &Placement) -> usize {
     if placement.stage == ZeroStage::Zero { 0 } else { placement.parallel.data.rank() }
-}
-
-impl Reduced {
-    /// Zeroed room for the gradient of a unit.
-    fn take_room(&mut self, layout: &Arc<UnitLayout>, slicing: Slicing) -> Result<UnitBuffer> {
-        for room in &mut self.room {
-            if room.lent.as_ref().is_some_and(|lent| Arc::strong_count(lent) == 1) {
-                room.lent = None;
-            }
-        }
-        let fits = |room: &&mut Room| {
-            !room.open && room.lent.is_none() && room.buffer.storage().elem_count() == slicing.padded()
-        };
-        if let Some(room) = self.room.iter_mut().find(fits) {
-            room.open = true;
-            room.buffer = UnitBuffer::on(layout, room.buffer.storage().clone())?;
-            room.buffer.clear()?;
-            return Ok(room.buffer.clone());
-        }
-        let buffer = UnitBuffer::zeros_padded(layout, slicing.padded())?;
-        self.room.push(Room { buffer: buffer.clone(), lent: None, open: true });
-        Ok(buffer)
-    }
-
-    fn close(&mut self, unit: usize, placement: &Placement, reduction: Reduction) -> Result<()> {
-        let Some(buffer) = self.open[unit].take() else { return Ok(()) };
-        if placement.parallel.data.is_solo() || reduction == Reduction::Never {
-            let sums = &mut self.sums[unit];
-            with_slice(buffer.flat(), |values| {
-                sums.absorb(lanes_here(placement), |out| {
-                    out[..values.len()].copy_from_slice(values);
-                    Ok(())
-                })
-            })??;
-            self.give_back(&buffer, None);
-            return Ok(());
-        }
-        let lent = self.start(unit, buffer.storage().clone(), placement)?;
-        self.give_back(&buffer, Some(lent));
-        Ok(())
-    }
-
-    fn give_back(&mut self, buffer: &UnitBuffer, lent: Option<Arc<SharedTensor>>) {
-        if let Some(room) =
-            self.room.iter_mut().find(|room| room.open && room.buffer.storage().id() == buffer.storage().id())
-        {
-            room.open = false;
-            room.lent = lent;
-        }
-    }
-
-    /// Starts adding up `values`, whose length is that of all slices, over the data-parallel ranks.
-    fn start(&mut self, unit: usize, values: Tensor, placement: &Placement) -> Result<Arc<SharedTensor>> {
-        let data = &placement.parallel.data;
-        let bytes = 4 * values.elem_count();
-        let lent = Arc::new(SharedTensor::new(&values)?);
-        let tag = data.tag("add up gradients");
-        let work = match placement.stage {
-            ZeroStage::Zero => data.world().start_all_reduce_sum_f32(tag, lent.clone())?,
-            _ => data.world().start_reduce_scatter_sum_f32(tag, lent.clone())?,
-        };
-        self.under_way.push_back((unit, work));
-        self.under_way_bytes += bytes;
-        Ok(lent)
-    }
-
-    /// Waits for the oldest sum under way and takes it in.
-    fn absorb(&mut self, placement: &Placement) -> Result<()> {
-        let Some((unit, work)) = self.under_way.pop_front() else { return Ok(()) };
-        let sums = &mut self.sums[unit];
-        let ranks = if placement.stage == ZeroStage::Zero { 1 } else { placement.parallel.data.size() };
-        self.under_way_bytes = self.under_way_bytes.saturating_sub(4 * sums.total.len() * ranks);
-        sums.absorb(lanes_here(placement), |out| Ok(work.wait_into(out)?))
-    }
-
-    fn absorb_all(&mut self, placement: &Placement) -> Result<()> {
-        while !self.under_way.is_empty() {
-            self.absorb(placement)?;
-        }
-        Ok(())
-    }
-}
-
-/// Lanes that one rank computes: a power of two.
-fn lanes_here(placement: &Placement) -> usize {
-    placement.parallel.data_lanes / placement.parallel.mesh.data
 }

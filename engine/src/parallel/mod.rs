@@ -10,6 +10,7 @@ mod gradients;
 mod group;
 mod mesh;
 pub(crate) mod pipeline;
+mod reduced;
 mod reshard;
 mod slice;
 mod stages;

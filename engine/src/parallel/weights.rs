@@ -198,6 +198,10 @@ impl Weights {
                 if let Kept::Fresh(_) = state.kept[index] {
                     state.kept[index] = Kept::Stale;
                 }
+                // A gather that was started ahead and never fetched would bring what the weights were.
+                if state.in_flight.iter().any(|(unit, _)| *unit == index) {
+                    return Err(Error::WeightsInUse);
+                }
                 // Gathers before this step have lent it to peers.
                 let (data, lent) = (&sliced.parallel.data, &state.slices[index]);
                 data.world().settle(data.tag("take back weights"), &|| Arc::strong_count(lent) == 1)?;
@@ -349,3 +353,6 @@ impl Sliced {
         UnitBuffer::on(layout, room)
     }
 }
+
+#[cfg(test)]
+mod tests;
