@@ -16,6 +16,7 @@ mod micro;
 mod output;
 mod pack;
 mod packed;
+mod room;
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
