@@ -8,7 +8,7 @@ use super::K_BLOCK;
 use super::micro::{MicroKernel, micro_kernel};
 use super::output::Output;
 use super::pack::{pack_a, pack_b};
-use super::room::Room;
+use crate::room::Room;
 
 /// The right operand of a product.
 #[derive(Clone, Copy)]
@@ -79,8 +79,8 @@ struct Task {
 struct Part<'a> {
     columns: (usize, usize),
     k: (usize, usize),
-    /// [`pack_blocks`] of this part; without it, tasks pack what they need.
-    packed: Option<&'a [f32]>,
+    /// [`pack_blocks`] of this part; or all of B, of which tasks pack what they need.
+    b: Right<'a>,
 }
 
 thread_local! {
@@ -120,15 +120,12 @@ pub(crate) fn gemm(g: Gemm<'_>) {
         }
     };
     let c = Target { c: &g.c, row_stride: g.c_row_stride, accumulate: g.accumulate };
-    let whole = Part { columns: (0, g.n), k: (0, g.k), packed: None };
     match g.b {
-        Right::Packed(b, _) => run_part(&g, &kernel, c, Part { packed: Some(b), ..whole }),
-        Right::Strided(..) if g.m <= FEW_ROWS => run_part(&g, &kernel, c, whole),
-        Right::Strided(b, strides) => {
+        Right::Strided(b, strides) if g.m > FEW_ROWS => {
             // Taken out, not borrowed: while this thread waits for others, it may be given another product.
             let mut room = SHARED.take();
             let columns = even(g.n, TASK_COLUMNS, kernel.columns);
-            let terms = (PACKED_B / columns).max(1) / K_BLOCK * K_BLOCK;
+            let terms = PACKED_B / columns / K_BLOCK * K_BLOCK;
             for column in (0..g.n).step_by(columns) {
                 let columns = columns.min(g.n - column);
                 for k0 in (0..g.k).step_by(terms) {
@@ -136,12 +133,14 @@ pub(crate) fn gemm(g: Gemm<'_>) {
                     let b = &b[k0 * strides.0 + column * strides.1..];
                     let packed = room.first(columns.next_multiple_of(kernel.columns) * kc);
                     pack_blocks(b, strides, columns, kc, &kernel, packed);
-                    let part = Part { columns: (column, columns), k: (k0, kc), packed: Some(packed) };
+                    let b = Right::Packed(packed, kernel);
+                    let part = Part { columns: (column, columns), k: (k0, kc), b };
                     run_part(&g, &kernel, c, part);
                 }
             }
             SHARED.set(room);
         }
+        b => run_part(&g, &kernel, c, Part { columns: (0, g.n), k: (0, g.k), b }),
     }
 }
 
@@ -242,10 +241,9 @@ fn run_task(
         let a_packed = a_room.first(t.rows * kc);
         let a = &g.a[t.row * g.a_row_stride + (first_k + k0) * g.a_col_stride..];
         pack_a(a, (g.a_row_stride, g.a_col_stride), t.rows, kc, mr, a_packed);
-        let b_packed = match (part.packed, g.b) {
-            (Some(packed), _) => &packed[k0 * width + (t.column - part.columns.0) * kc..],
-            (None, Right::Packed(..)) => unreachable!("a packed B is at hand"),
-            (None, Right::Strided(b, strides)) => {
+        let b_packed = match part.b {
+            Right::Packed(packed, _) => &packed[k0 * width + (t.column - part.columns.0) * kc..],
+            Right::Strided(b, strides) => {
                 let packed = b_room.first(t.columns.next_multiple_of(nr) * kc);
                 let b = &b[(first_k + k0) * strides.0 + t.column * strides.1..];
                 pack_b(b, strides, t.columns, kc, nr, packed);

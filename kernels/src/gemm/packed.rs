@@ -5,11 +5,11 @@ use candle_core::{DType, Tensor};
 use super::bf16::PackedOperand;
 use super::block::{Right, pack_blocks};
 use super::micro::{MicroKernel, micro_kernel};
-use super::room::Room;
 use super::{Factor, Operand, Stored, bias_of, dims2, product, product_full};
 use crate::Result;
 use crate::error::check_dims;
 use crate::profile::{Class, time};
+use crate::room::Room;
 use crate::view::{tensor, view, view_of};
 
 /// A weight `[n, k]` in the order in which the kernels read it.
@@ -61,7 +61,7 @@ impl PackedMatrix {
     /// Memory that the copy takes, in bytes: `n` and `k` filled up to whole panels.
     pub fn size_bytes(&self) -> usize {
         match &self.panels {
-            Panels::F32(panels, _) => std::mem::size_of_val(panels.values()),
+            Panels::F32(panels, _) => std::mem::size_of_val::<[f32]>(panels),
             Panels::Bf16(panels) => panels.size_bytes(),
         }
     }
@@ -107,7 +107,7 @@ pub(crate) fn packed<E: Stored>(
                 check_dims(op, "bias", &[n], bias.dims())?;
             }
             let bias = bias.map(|bias| view(op, bias)).transpose()?;
-            let y = product_full(rows, n, k, &xv, Right::Packed(panels.values(), *kernel), bias.as_deref());
+            let y = product_full(rows, n, k, &xv, Right::Packed(panels, *kernel), bias.as_deref());
             tensor(y, (rows, n))
         }
     }
