@@ -21,6 +21,7 @@ pub mod profile;
 pub mod reduce;
 pub mod reference;
 pub mod rng;
+mod room;
 pub mod rope;
 pub mod sample;
 mod simd;

@@ -99,7 +99,8 @@ fn products_match_their_f64_twins() {
 
 #[test]
 fn a_row_does_not_depend_on_the_rows_beside_it() {
-    for (t, n, k) in [(37, 65, 300), (500, 96, 576), (64, 1537, 257)] {
+    // The last one is too large for its weight to be packed at once.
+    for (t, n, k) in [(37, 65, 300), (500, 96, 576), (64, 1537, 257), (40, 1000, 1300)] {
         let (x, w) = (values(t * k, 1), values(n * k, 2));
         let w = tensor(&w, (n, k));
         let all = flat(&linear(&tensor(&x, (t, k)), &w, None).unwrap());

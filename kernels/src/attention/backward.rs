@@ -1,33 +1,25 @@
 //! The backward: probabilities are recomputed block by block from the saved sums.
 //!
-//! A task is one query head of one sequence. It takes key blocks in order and, for each, the query blocks that see it in
-//! order, so every gradient has one owner and one order of summation. Heads are joined afterwards.
+//! A task is one key-value head of one sequence. It takes the query heads that read it in order; for each, the key blocks
+//! in order; and for each of these, the tiles of queries that see it in order: so every gradient has one owner and one
+//! order of summation.
 
-use std::array;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::blocks::{Block, Pack, copy_head, pack, padded, rows_len, transposed_len};
-use super::forward::{block_range, union, whole_vectors};
-use super::tile::{Right, TILE_ROWS, product, product_transposed};
+use super::blocks::{Block, HeadRows, copy_head, pack, padded};
+use super::multiply::{Left, ROWS, multiply};
+use super::queries::{Gathered, Lanes, QueryTile, TILE_QUERIES, VECTORS, lanes};
+use super::tile::Right;
+#[cfg(target_arch = "x86_64")]
+use super::vector;
 use super::{AttentionSpec, BLOCK_KEYS};
 use crate::element::Element;
+use crate::gemm::transpose;
 use crate::math::{LANES, dot, exp};
-use crate::simd::{fma, simd_fn};
-
-/// A matrix of one value per (query row, key) of a pair of blocks.
-type Pair = [[f32; BLOCK_KEYS]; BLOCK_KEYS];
-
-/// Packed keys and values of the whole batch, `[blocks, K, block of a head]`.
-struct Packed {
-    /// Keys by rows, for `dQ`.
-    k: Vec<f32>,
-    /// Keys transposed, for the scores.
-    k_transposed: Vec<f32>,
-    /// Values transposed, for `dO Vᵀ`.
-    v_transposed: Vec<f32>,
-}
+use crate::room::Room;
+use crate::simd::{Isa, fma, simd_fn};
 
 /// What the backward is given.
 #[derive(Clone, Copy)]
@@ -42,18 +34,17 @@ pub(super) struct Inputs<'a, E> {
     pub(super) lse: &'a [f32],
 }
 
-/// A query block of one head.
-#[derive(Clone, Copy)]
-struct QueryBlock<'a> {
-    block: &'a Block,
-    /// `[64, D padded]`.
-    q: &'a [f32],
-    /// `[64, D padded]`.
-    d_o: &'a [f32],
-    /// Logarithm of the sum of exponentials, per row.
-    lse: &'a [f32],
-    /// `Σ_d dO O`, per row.
-    delta: &'a [f32],
+/// A tile of queries of one head.
+struct Queries {
+    tile: QueryTile,
+    q: Gathered,
+    d_o: Gathered,
+    /// Logarithm of the sum of exponentials, per query.
+    lse: Lanes,
+    /// `Σ_d dO O`, per query.
+    delta: Lanes,
+    /// Gradient of `q`, `[D padded, 32]`.
+    dq: Room,
 }
 
 /// A key block of one head.
@@ -63,262 +54,200 @@ struct KeyBlock<'a> {
     position: usize,
     /// `[64, D padded]`.
     k: &'a [f32],
-    /// `[D, 64]`.
-    k_transposed: &'a [f32],
-    /// `[D, 64]`.
-    v_transposed: &'a [f32],
+    /// `[64, D padded]`.
+    v: &'a [f32],
 }
 
-/// Gradients of one head of one sequence, each `[blocks, 64, D padded]`.
-struct Gradients<'a> {
-    q: &'a mut [f32],
-    k: &'a mut [f32],
-    v: &'a mut [f32],
+/// What a task works in.
+#[derive(Default)]
+struct Scratch {
+    keys: Room,
+    values: Room,
+    /// `P` and `dS`, `[64, 32]`.
+    pair: [Room; 2],
+    /// Gradients of keys and values of one query head, `[blocks, 64, D padded]`.
+    head: [Room; 2],
+    /// Their sums over the query heads so far.
+    total: [Room; 2],
+    /// Gradient of a tile of queries by rows, `[32, D padded]`.
+    rows: Room,
 }
 
 /// Writes the gradient of `qkv` to `dqkv [T, (H + 2K) D]`.
 pub(super) fn backward<E: Element>(inputs: Inputs<E>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [E]) {
-    let (width, head_dim, heads, kv_heads) = (spec.qkv_width(), spec.head_dim, spec.heads, spec.kv_heads);
-    let (key_column, value_column) = (heads * head_dim, (heads + kv_heads) * head_dim);
-    let packed = Packed {
-        k: pack(inputs.qkv, width, key_column, kv_heads, blocks, spec, Pack::Rows),
-        k_transposed: pack(inputs.qkv, width, key_column, kv_heads, blocks, spec, Pack::Transposed),
-        v_transposed: pack(inputs.qkv, width, value_column, kv_heads, blocks, spec, Pack::Transposed),
-    };
-    // `[sequence][head][q, k, v][block, 64, D padded]`: one slice per task.
-    let size = rows_len(spec);
-    let mut scratch = vec![0.0; blocks.len() * heads * 3 * size];
-    let mut tasks = Vec::new();
-    let mut rest = scratch.as_mut_slice();
-    for sequence in blocks.chunk_by(|a, b| a.first == b.first) {
-        for head in 0..heads {
-            let (gradients, tail) = rest.split_at_mut(3 * sequence.len() * size);
-            tasks.push((sequence, head, gradients));
-            rest = tail;
+    let sequences = blocks.chunk_by(|a, b| a.first == b.first);
+    let tasks: Vec<_> = sequences.flat_map(|s| (0..spec.kv_heads).map(move |kv_head| (s, kv_head))).collect();
+    let dqkv = HeadRows::new(dqkv, spec.qkv_width(), spec.head_dim);
+    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (sequence, kv_head)| {
+        group_gradients(sequence, kv_head, inputs, spec, scratch, &dqkv);
+    });
+}
+
+/// Gradients of a key-value head of one sequence and of the query heads that read it.
+fn group_gradients<E: Element>(
+    sequence: &[Block],
+    kv_head: usize,
+    inputs: Inputs<E>,
+    spec: &AttentionSpec,
+    scratch: &mut Scratch,
+    dqkv: &HeadRows<E>,
+) {
+    let (width, head_dim, stride) = (spec.qkv_width(), spec.head_dim, padded(spec.head_dim));
+    let key_column = (spec.heads + kv_head) * head_dim;
+    let columns = [key_column, key_column + spec.kv_heads * head_dim];
+    let Scratch { keys, values, pair: [p, ds], head: gradients, total, rows } = scratch;
+    let keys = pack(inputs.qkv, width, columns[0], head_dim, sequence, keys);
+    let values = pack(inputs.qkv, width, columns[1], head_dim, sequence, values);
+    let pair = (p.first(BLOCK_KEYS * TILE_QUERIES), ds.first(BLOCK_KEYS * TILE_QUERIES));
+    let rows = rows.first(TILE_QUERIES * stride);
+    for head in kv_head * spec.group()..(kv_head + 1) * spec.group() {
+        // The first head's are the sum so far.
+        let into = if head == kv_head * spec.group() { &mut *total } else { &mut *gradients };
+        let [dk, dv] = into.each_mut().map(|room| room.first(keys.len()));
+        dk.fill(0.0);
+        dv.fill(0.0);
+        let tiles = head_gradients(sequence, head, inputs, (keys, values), spec, (&mut *pair.0, &mut *pair.1), dk, dv);
+        for queries in &tiles {
+            transpose(&queries.dq, TILE_QUERIES, stride, TILE_QUERIES, stride, rows);
+            let tile = &queries.tile;
+            // SAFETY: the heads of a sequence belong to one task.
+            unsafe { dqkv.write(tile.token, tile.rows, head * head_dim, rows, stride) };
+        }
+        if head > kv_head * spec.group() {
+            for (total, gradient) in total.iter_mut().zip(&*gradients) {
+                total.iter_mut().zip(&**gradient).for_each(|(total, gradient)| *total += gradient);
+            }
         }
     }
-    tasks.into_par_iter().for_each(|(sequence, head, gradients)| {
-        let (q, rest) = gradients.split_at_mut(sequence.len() * size);
-        let (k, v) = rest.split_at_mut(sequence.len() * size);
-        head_gradients(sequence, head, inputs, &packed, spec, &mut Gradients { q, k, v });
-    });
-    join_heads(&scratch, blocks, spec, dqkv);
+    for (total, column) in total.iter().zip(columns) {
+        for (block, rows) in sequence.iter().zip(total.chunks_exact(BLOCK_KEYS * stride)) {
+            // SAFETY: as above.
+            unsafe { dqkv.write(block.start(), block.rows, column, rows, stride) };
+        }
+    }
 }
 
 simd_fn! {
     fn row_dot(a: &[f32], b: &[f32]) -> f32 = dot;
 }
 
-/// Gradients of query head `head` of one sequence.
+/// Adds to `dk` and `dv` what query head `head` of a sequence contributes; returns its tiles with the gradients of `q`.
 fn head_gradients<E: Element>(
     sequence: &[Block],
     head: usize,
     inputs: Inputs<E>,
-    packed: &Packed,
+    (keys, values): (&[f32], &[f32]),
     spec: &AttentionSpec,
-    gradients: &mut Gradients,
-) {
-    let (size, transposed) = (rows_len(spec), transposed_len(spec));
-    let (width, column, stride) = (spec.output_width(), head * spec.head_dim, padded(spec.head_dim));
-    let (mut q, mut d_o) = (vec![0.0; sequence.len() * size], vec![0.0; sequence.len() * size]);
-    let mut o = vec![0.0; size];
-    let mut lse = vec![0.0; sequence.len() * BLOCK_KEYS];
-    let mut delta = vec![0.0; sequence.len() * BLOCK_KEYS];
+    (probabilities, d_scores): (&mut [f32], &mut [f32]),
+    dk: &mut [f32],
+    dv: &mut [f32],
+) -> Vec<Queries> {
+    let size = BLOCK_KEYS * padded(spec.head_dim);
+    let tiles = sequence.iter().flat_map(|block| QueryTile::of(block, spec));
+    let mut tiles: Vec<_> = tiles.map(|tile| Queries::new(tile, head, inputs, spec)).collect();
     for (n, block) in sequence.iter().enumerate() {
-        let tokens = block.start()..block.start() + block.rows;
-        let source = &inputs.qkv[tokens.start * spec.qkv_width()..tokens.end * spec.qkv_width()];
-        copy_head(source, spec.qkv_width(), column, spec.head_dim, 0, &mut q[n * size..][..size]);
-        let source = &inputs.d_o[tokens.start * width..tokens.end * width];
-        copy_head(source, width, column, spec.head_dim, 0, &mut d_o[n * size..][..size]);
-        copy_head(&inputs.o[tokens.start * width..tokens.end * width], width, column, spec.head_dim, 0, &mut o);
-        for (row, token) in tokens.enumerate() {
-            let columns = row * stride..row * stride + spec.head_dim;
-            lse[n * BLOCK_KEYS + row] = inputs.lse[token * spec.heads + head];
-            delta[n * BLOCK_KEYS + row] = row_dot(&d_o[n * size..][columns.clone()], &o[columns]);
+        let part = n * size..(n + 1) * size;
+        let key_block = KeyBlock { position: block.position, k: &keys[part.clone()], v: &values[part.clone()] };
+        let (dk, dv) = (&mut dk[part.clone()], &mut dv[part]);
+        for queries in &mut tiles {
+            block_gradients(queries, key_block, spec, probabilities, d_scores, dk, dv);
         }
     }
-    let (mut probabilities, mut d_scores) = ([[0.0; BLOCK_KEYS]; BLOCK_KEYS], [[0.0; BLOCK_KEYS]; BLOCK_KEYS]);
-    for (n, keys) in sequence.iter().enumerate() {
-        let index = (keys.first + n) * spec.kv_heads + head / spec.group();
-        let key_block = KeyBlock {
-            position: keys.position,
-            k: &packed.k[index * size..][..size],
-            k_transposed: &packed.k_transposed[index * transposed..][..transposed],
-            v_transposed: &packed.v_transposed[index * transposed..][..transposed],
-        };
-        for (m, block) in sequence.iter().enumerate() {
-            let last = block.position + block.rows - 1;
-            let sees = spec.visible(block.position, block.len).0 < keys.position + keys.rows
-                && spec.visible(last, block.len).1 > keys.position;
-            if !sees {
-                continue;
-            }
-            let query_block = QueryBlock {
-                block,
-                q: &q[m * size..][..size],
-                d_o: &d_o[m * size..][..size],
-                lse: &lse[m * BLOCK_KEYS..][..BLOCK_KEYS],
-                delta: &delta[m * BLOCK_KEYS..][..BLOCK_KEYS],
-            };
-            block_gradients(
-                query_block,
-                key_block,
-                spec,
-                &mut probabilities,
-                &mut d_scores,
-                &mut gradients.q[m * size..][..size],
-                &mut gradients.k[n * size..][..size],
-                &mut gradients.v[n * size..][..size],
-            );
+    tiles
+}
+
+impl Queries {
+    fn new<E: Element>(tile: QueryTile, head: usize, inputs: Inputs<E>, spec: &AttentionSpec) -> Self {
+        let (head_dim, stride, width) = (spec.head_dim, padded(spec.head_dim), spec.output_width());
+        let (mut q, mut d_o) = (Gathered::new(head_dim), Gathered::new(head_dim));
+        q.gather(&tile, inputs.qkv, spec.qkv_width(), head * head_dim, head_dim);
+        d_o.gather(&tile, inputs.d_o, width, head * head_dim, head_dim);
+        let (mut o, source) = (vec![0.0; TILE_QUERIES * stride], &inputs.o[tile.token * width..][..tile.rows * width]);
+        copy_head(source, width, head * head_dim, head_dim, 0, &mut o);
+        let (mut lse, mut delta) = ([[0.0; LANES]; VECTORS], [[0.0; LANES]; VECTORS]);
+        for row in 0..tile.rows {
+            let columns = row * stride..row * stride + head_dim;
+            lse[row / LANES][row % LANES] = inputs.lse[(tile.token + row) * spec.heads + head];
+            delta[row / LANES][row % LANES] = row_dot(&d_o.rows[columns.clone()], &o[columns]);
         }
+        Self { tile, q, d_o, lse, delta, dq: Room::zeros(stride * TILE_QUERIES) }
     }
 }
 
-/// Adds what one block of queries and one block of keys contribute to `dq`, `dk` and `dv`, each `[64, D padded]`.
+/// Adds what a tile of queries and a block of keys contribute to `dq` of the queries and to `dk` and `dv`, each
+/// `[64, D padded]`.
 fn block_gradients(
-    queries: QueryBlock,
+    queries: &mut Queries,
     keys: KeyBlock,
     spec: &AttentionSpec,
-    probabilities: &mut Pair,
-    d_scores: &mut Pair,
-    dq: &mut [f32],
+    probabilities: &mut [f32],
+    d_scores: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
 ) {
-    let rows = queries.block.rows;
-    let whole = rows / TILE_ROWS * TILE_ROWS;
-    for row in (0..whole).step_by(TILE_ROWS) {
-        query_rows::<TILE_ROWS>(row, queries, keys, spec, probabilities, d_scores, dq);
-    }
-    for row in whole..rows {
-        query_rows::<1>(row, queries, keys, spec, probabilities, d_scores, dq);
-    }
-    let stride = padded(spec.head_dim);
-    let (q, d_o) = (Right { values: queries.q, stride }, Right { values: queries.d_o, stride });
-    let (p, ds) = (probabilities.as_flattened(), d_scores.as_flattened());
-    let key_count = (queries.block.len - keys.position).min(BLOCK_KEYS);
-    for key in (0..key_count).step_by(TILE_ROWS) {
-        let rows = seeing_rows(keys.position + key, queries.block, spec);
-        product_transposed(&p[key..], d_o, rows.clone(), &mut dv[key * stride..]);
-        product_transposed(&ds[key..], q, rows, &mut dk[key * stride..]);
-    }
-}
-
-/// The rows of `block` that may see one of the keys `key..key + 4`; the others have probability zero.
-fn seeing_rows(key: usize, block: &Block, spec: &AttentionSpec) -> Range<usize> {
-    let from = if spec.causal { key.saturating_sub(block.position) } else { 0 };
-    let to = spec.window.map_or(block.rows, |window| (key + TILE_ROWS - 1 + window).saturating_sub(block.position));
-    from.min(block.rows)..to.clamp(from, block.rows.max(from))
-}
-
-/// Probabilities and score gradients of `R` (1 or 4) query rows from `row` on, and their `dq`.
-fn query_rows<const R: usize>(
-    row: usize,
-    queries: QueryBlock,
-    keys: KeyBlock,
-    spec: &AttentionSpec,
-    probabilities: &mut Pair,
-    d_scores: &mut Pair,
-    dq: &mut [f32],
-) {
-    let block = queries.block;
-    let visible: [(usize, usize); R] = array::from_fn(|r| {
-        let (start, end) = spec.visible(block.position + row + r, block.len);
-        block_range(start, end, keys.position)
-    });
-    let (p, ds) = (&mut probabilities[row..row + R], &mut d_scores[row..row + R]);
-    let Some(keys_seen) = union(&visible) else {
-        p.as_flattened_mut().fill(0.0);
-        ds.as_flattened_mut().fill(0.0);
+    let seen = queries.tile.keys(keys.position);
+    if seen.is_empty() {
         return;
-    };
-    let (head_dim, stride, columns) = (spec.head_dim, padded(spec.head_dim), whole_vectors(&keys_seen));
-    let rows = |r: usize| (row + r) * stride..(row + r) * stride + head_dim;
-    let (q, d_o): ([_; R], [_; R]) =
-        (array::from_fn(|r| &queries.q[rows(r)]), array::from_fn(|r| &queries.d_o[rows(r)]));
-    let k = Right { values: keys.k_transposed, stride: BLOCK_KEYS };
-    product(q, k, 0..head_dim, p.as_flattened_mut(), BLOCK_KEYS, columns.clone(), false);
-    let v = Right { values: keys.v_transposed, stride: BLOCK_KEYS };
-    product(d_o, v, 0..head_dim, ds.as_flattened_mut(), BLOCK_KEYS, columns.clone(), false);
-    for r in 0..R {
-        let (lse, delta) = (queries.lse[row + r], queries.delta[row + r]);
-        score_gradients(&mut p[r], &mut ds[r], columns.clone(), visible[r], spec.scale, lse, delta);
     }
-    let k = Right { values: keys.k, stride };
-    product(array::from_fn::<_, R, _>(|r| &ds[r][..]), k, keys_seen, &mut dq[row * stride..], stride, 0..stride, true);
+    let (head_dim, stride, rows) = (spec.head_dim, padded(spec.head_dim), queries.tile.rows);
+    let whole = seen.start / ROWS * ROWS..seen.end.next_multiple_of(ROWS);
+    let by_key = |values| Left { values, row: stride, step: 1 };
+    let lanes = |values| Right { values, stride: TILE_QUERIES };
+    let (q, d_o) = (lanes(&queries.q.lanes), lanes(&queries.d_o.lanes));
+    multiply(by_key(keys.k), whole.clone(), q, 0..head_dim, probabilities, TILE_QUERIES, TILE_QUERIES, false);
+    multiply(by_key(keys.v), whole.clone(), d_o, 0..head_dim, d_scores, TILE_QUERIES, TILE_QUERIES, false);
+    score_gradients(probabilities, d_scores, whole.clone(), keys.position, queries, spec.scale);
+    let k = Left { values: keys.k, row: 1, step: stride };
+    multiply(k, 0..stride, lanes(d_scores), seen, &mut queries.dq, TILE_QUERIES, TILE_QUERIES, true);
+    let over_queries = |values| Left { values, row: TILE_QUERIES, step: 1 };
+    let (q, d_o) = (Right { values: &queries.q.rows, stride }, Right { values: &queries.d_o.rows, stride });
+    multiply(over_queries(probabilities), whole.clone(), d_o, 0..rows, dv, stride, stride, true);
+    multiply(over_queries(d_scores), whole, q, 0..rows, dk, stride, stride, true);
+}
+
+/// Turns scores `[64, 32]` of the `keys` of the block that starts at key `start` into probabilities, and gradients of
+/// probabilities into those of scores; where a query does not see the key, into 0.
+fn score_gradients(
+    scores: &mut [f32],
+    gradients: &mut [f32],
+    keys: Range<usize>,
+    start: usize,
+    queries: &Queries,
+    scale: f32,
+) {
+    let first = start + keys.start;
+    let (scores, gradients) = (&mut lanes(scores)[keys.clone()], &mut lanes(gradients)[keys]);
+    let (lse, delta) = (&queries.lse, &queries.delta);
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() >= Isa::Avx512 {
+        // SAFETY: AVX-512 is active.
+        return unsafe { vector::score_gradients(scores, gradients, first, &queries.tile, (lse, delta), scale) };
+    }
+    for (row, (scores, gradients)) in scores.iter_mut().zip(gradients).enumerate() {
+        let (scores, gradients) = (scores.as_flattened_mut(), gradients.as_flattened_mut());
+        row_gradients(scores, gradients, lse.as_flattened(), delta.as_flattened(), scale);
+        let seeing = queries.tile.seeing(first + row);
+        for row in [scores, gradients] {
+            row[..seeing.start].fill(0.0);
+            row[seeing.end.max(seeing.start)..].fill(0.0);
+        }
+    }
 }
 
 simd_fn! {
-    /// Turns the `columns` of a row of scores into probabilities, and of probability gradients into score gradients; hidden
-    /// keys, those not in `from..to`, into 0.
-    fn score_gradients(
-        scores: &mut [f32; BLOCK_KEYS], gradients: &mut [f32; BLOCK_KEYS], columns: Range<usize>,
-        visible: (usize, usize), scale: f32, lse: f32, delta: f32,
-    ) = score_gradients_body;
+    fn row_gradients(scores: &mut [f32], gradients: &mut [f32], lse: &[f32], delta: &[f32], scale: f32) = row_gradients_body;
 }
 
 #[inline(always)]
-fn score_gradients_body<const FMA: bool>(
-    scores: &mut [f32; BLOCK_KEYS],
-    gradients: &mut [f32; BLOCK_KEYS],
-    columns: Range<usize>,
-    (from, to): (usize, usize),
+fn row_gradients_body<const FMA: bool>(
+    scores: &mut [f32],
+    gradients: &mut [f32],
+    lse: &[f32],
+    delta: &[f32],
     scale: f32,
-    lse: f32,
-    delta: f32,
 ) {
-    let (scores_in, _) = scores[columns.clone()].as_chunks_mut::<LANES>();
-    let (gradients_in, _) = gradients[columns].as_chunks_mut::<LANES>();
-    for (score, gradient) in scores_in.iter_mut().zip(gradients_in) {
-        for lane in 0..LANES {
-            let p = exp::<FMA>(fma::<FMA>(score[lane], scale, -lse));
-            score[lane] = p;
-            gradient[lane] = p * (gradient[lane] - delta) * scale;
-        }
+    for (((score, gradient), lse), delta) in scores.iter_mut().zip(gradients).zip(lse).zip(delta) {
+        *score = exp::<FMA>(fma::<FMA>(*score, scale, -lse));
+        *gradient = *score * (*gradient - delta) * scale;
     }
-    let to = to.max(from);
-    for row in [scores, gradients] {
-        row[..from].fill(0.0);
-        row[to..].fill(0.0);
-    }
-}
-
-/// Copies the gradients of all heads to their columns of `dqkv`, summing key-value heads over their group in order.
-fn join_heads<E: Element>(scratch: &[f32], blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [E]) {
-    let (heads, head_dim, width, stride) = (spec.heads, spec.head_dim, spec.qkv_width(), padded(spec.head_dim));
-    let size = rows_len(spec);
-    let mut tasks = Vec::with_capacity(blocks.len());
-    let mut rest = dqkv;
-    for block in blocks {
-        let (rows, tail) = rest.split_at_mut(block.rows * width);
-        tasks.push((block, rows));
-        rest = tail;
-    }
-    tasks.into_par_iter().for_each(|(block, rows)| {
-        let count = block.len.div_ceil(BLOCK_KEYS);
-        let n = block.position / BLOCK_KEYS;
-        // Head `head`'s gradient of `part` (q, k or v), row `row`.
-        let gradient = |head: usize, part: usize, row: usize| {
-            let start = (block.first * heads + head * count) * 3 * size + (part * count + n) * size + row * stride;
-            &scratch[start..start + head_dim]
-        };
-        let mut total = vec![0.0; head_dim];
-        for (row, out) in rows.chunks_exact_mut(width).enumerate() {
-            let (q, kv) = out.split_at_mut(heads * head_dim);
-            for (head, q) in q.chunks_exact_mut(head_dim).enumerate() {
-                q.iter_mut().zip(gradient(head, 0, row)).for_each(|(q, value)| *q = E::narrow(*value));
-            }
-            for (i, out) in kv.chunks_exact_mut(head_dim).enumerate() {
-                let (part, kv_head) = (1 + i / spec.kv_heads, i % spec.kv_heads);
-                let first = kv_head * spec.group();
-                total.copy_from_slice(gradient(first, part, row));
-                for head in first + 1..first + spec.group() {
-                    for (total, value) in total.iter_mut().zip(gradient(head, part, row)) {
-                        *total += value;
-                    }
-                }
-                out.iter_mut().zip(&total).for_each(|(out, value)| *out = E::narrow(*value));
-            }
-        }
-    });
 }

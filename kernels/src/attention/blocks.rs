@@ -1,10 +1,10 @@
 //! Sequences cut into blocks of 64 tokens, and keys and values packed per block as the tiles read them.
 
-use rayon::prelude::*;
-
-use super::{AttentionSpec, BLOCK_KEYS};
+use super::BLOCK_KEYS;
 use crate::element::Element;
+use crate::gemm::Output;
 use crate::math::LANES;
+use crate::room::Room;
 
 /// Up to 64 consecutive tokens of one sequence, counted from its start.
 #[derive(Clone, Copy, Debug)]
@@ -47,16 +47,6 @@ pub(super) fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(LANES)
 }
 
-/// Elements of one head's transposed block, `[D, 64]`.
-pub(super) fn transposed_len(spec: &AttentionSpec) -> usize {
-    spec.head_dim * BLOCK_KEYS
-}
-
-/// Elements of one head's block by rows, `[64, D padded]`.
-pub(super) fn rows_len(spec: &AttentionSpec) -> usize {
-    padded(spec.head_dim) * BLOCK_KEYS
-}
-
 /// Writes the head of `head_dim` columns at `column` of each of `source`'s rows (of `width`) to `block [D, 64]`,
 /// transposed, from key `offset` on.
 pub(super) fn transpose_head<E: Element>(source: &[E], width: usize, column: usize, offset: usize, block: &mut [f32]) {
@@ -79,48 +69,82 @@ pub(super) fn copy_head<E: Element>(
 ) {
     let stride = padded(head_dim);
     let block = block[offset * stride..].chunks_exact_mut(stride);
-    for (block, source) in block.zip(source.chunks_exact(width)) {
-        for (value, source) in block.iter_mut().zip(&source[column..column + head_dim]) {
-            *value = source.wide();
+    #[cfg(target_arch = "x86_64")]
+    source.chunks_exact(width).for_each(|line| fetch(&line[column..column + head_dim]));
+    for (block, line) in block.zip(source.chunks_exact(width)) {
+        let line = &line[column..column + head_dim];
+        let ((to, _), (from, rest)) = (block.as_chunks_mut::<LANES>(), line.as_chunks::<LANES>());
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from.map(|value| value.wide());
+        }
+        if let Some(to) = to.get_mut(from.len()) {
+            to.iter_mut().zip(rest).for_each(|(to, from)| *to = from.wide());
         }
     }
 }
 
-/// How [`pack`] lays out a block of a head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pack {
-    /// `[D, 64]`.
-    Transposed,
-    /// `[64, D padded]`.
-    Rows,
+/// Asks for a row: rows of a batch lie in different pages, and one after the other, each would wait for memory.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch<E>(row: &[E]) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in row.chunks(64 / size_of::<E>()) {
+        // SAFETY: a hint that reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
 }
 
-/// Packs `heads` heads of `source [T, width]`, the first of them at `column`: `[blocks, heads, block of a head]`.
+/// Packs the head of `head_dim` columns at `column` of consecutive blocks of one sequence of `source [T, width]`, by rows:
+/// `[blocks, 64, D padded]`.
 ///
-/// Tokens beyond the end of a sequence and columns beyond the head are zero.
-pub(super) fn pack<E: Element>(
+/// Tokens beyond the end of the sequence and columns beyond the head are zero.
+pub(super) fn pack<'a, E: Element>(
     source: &[E],
     width: usize,
     column: usize,
-    heads: usize,
+    head_dim: usize,
     blocks: &[Block],
-    spec: &AttentionSpec,
-    layout: Pack,
-) -> Vec<f32> {
-    let size = match layout {
-        Pack::Transposed => transposed_len(spec),
-        Pack::Rows => rows_len(spec),
-    };
-    let mut packed = vec![0.0; blocks.len() * heads * size];
-    packed.par_chunks_mut(heads * size).zip(blocks).for_each(|(packed, block)| {
-        let source = &source[block.start() * width..][..block.rows * width];
-        for (head, packed) in packed.chunks_exact_mut(size).enumerate() {
-            let column = column + head * spec.head_dim;
-            match layout {
-                Pack::Transposed => transpose_head(source, width, column, 0, packed),
-                Pack::Rows => copy_head(source, width, column, spec.head_dim, 0, packed),
-            }
+    room: &'a mut Room,
+) -> &'a [f32] {
+    let (stride, size) = (padded(head_dim), padded(head_dim) * BLOCK_KEYS);
+    let packed = room.first(blocks.len() * size);
+    for (packed, block) in packed.chunks_exact_mut(size).zip(blocks) {
+        if stride == head_dim {
+            packed[block.rows * stride..].fill(0.0);
+        } else {
+            packed.fill(0.0);
         }
-    });
+        copy_head(&source[block.start() * width..][..block.rows * width], width, column, head_dim, 0, packed);
+    }
     packed
+}
+
+/// The rows of a result, of which every task writes its own heads.
+pub(super) struct HeadRows<'a, E> {
+    values: Output<'a, E>,
+    width: usize,
+    head_dim: usize,
+}
+
+impl<'a, E: Element> HeadRows<'a, E> {
+    /// Rows of `width` with heads of `head_dim` columns.
+    pub(super) fn new(values: &'a mut [E], width: usize, head_dim: usize) -> Self {
+        Self { values: Output::new(values), width, head_dim }
+    }
+
+    /// Rounds rows `from`, which lie `stride` apart, to the head at `column` of the rows from `token` on.
+    ///
+    /// # Safety
+    /// No other task reads or writes these heads.
+    pub(super) unsafe fn write(&self, token: usize, rows: usize, column: usize, from: &[f32], stride: usize) {
+        assert!(column + self.head_dim <= self.width && (token + rows) * self.width <= self.values.len());
+        for (row, from) in from.chunks(stride).take(rows).enumerate() {
+            // SAFETY: the elements exist, as just checked, and are this task's alone.
+            let to = unsafe {
+                let at = self.values.start().add((token + row) * self.width + column);
+                std::slice::from_raw_parts_mut(at, self.head_dim)
+            };
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = E::narrow(*from));
+        }
+    }
 }

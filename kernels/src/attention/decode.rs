@@ -4,9 +4,9 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::cache::CacheView;
-use super::forward::{Query, Running, blocks_seen};
 use super::kernels::Kernels;
 use super::layout::{Scratch, Stored};
+use super::running::{Query, Running, blocks_seen};
 use super::{AttentionSpec, KvCacheLayer};
 use crate::element::{Element, with_element};
 use crate::error::check_dims;

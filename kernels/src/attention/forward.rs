@@ -1,235 +1,274 @@
-//! The forward: blocks of query rows against blocks of keys, with a running softmax.
+//! The forward: tiles of 32 query rows against blocks of keys, with a running softmax.
+//!
+//! Queries lie in the lanes: scores are `[key, query]`, the output `[D, query]` until the end.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::blocks::{Block, Pack, copy_head, pack, padded, rows_len, transposed_len};
-use super::tile::{Right, TILE_ROWS, product};
+use super::blocks::{Block, HeadRows, pack, padded};
+use super::multiply::{Left, ROWS, multiply};
+use super::queries::{Gathered, Lanes, QueryTile, TILE_QUERIES, VECTORS, lanes};
+use super::tile::Right;
+#[cfg(target_arch = "x86_64")]
+use super::vector;
 use super::{AttentionSpec, BLOCK_KEYS};
 use crate::element::Element;
-use crate::math::{LANES, exp, larger, ln, max_lanes, sum_lanes};
-use crate::simd::{fma, simd_fn};
-
-/// One query row of one head, and the keys it sees.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Query<'a> {
-    /// Its coordinates, `[D]`.
-    pub(super) q: &'a [f32],
-    /// First visible key.
-    pub(super) start: usize,
-    /// One past the last visible key.
-    pub(super) end: usize,
-}
-
-/// Running softmax of a block of query rows; holds the result once all key blocks are through.
-#[derive(Debug)]
-pub(super) struct Running {
-    /// Largest score so far, per row.
-    maximum: Vec<f32>,
-    /// Sum of `exp(score - maximum)`, per row.
-    sum: Vec<f32>,
-    /// Unnormalised output, `[rows, D padded]`.
-    output: Vec<f32>,
-}
-
-impl Running {
-    /// Room for up to `rows` query rows at once.
-    pub(super) fn new(rows: usize, spec: &AttentionSpec) -> Self {
-        let output = vec![0.0; rows * padded(spec.head_dim)];
-        Self { maximum: vec![0.0; rows], sum: vec![0.0; rows], output }
-    }
-
-    /// Forgets everything.
-    pub(super) fn start(&mut self) {
-        self.maximum.fill(f32::NEG_INFINITY);
-        self.sum.fill(0.0);
-        self.output.fill(0.0);
-    }
-
-    /// Attends the `queries` to block `n` of the sequence: its keys transposed `[D, 64]`, its values `[64, D padded]`.
-    pub(super) fn attend(&mut self, queries: &[Query], n: usize, keys: &[f32], values: &[f32], scale: f32) {
-        attend_block(queries, n * BLOCK_KEYS, keys, values, scale, self);
-    }
-
-    /// Writes the output `[D]` of query `row`; returns the logarithm of its sum of exponentials.
-    pub(super) fn finish<E: Element>(&self, row: usize, o: &mut [E]) -> f32 {
-        let stride = padded(o.len());
-        normalise(&self.output[row * stride..], self.maximum[row], self.sum[row], o)
-    }
-}
-
-/// The blocks of keys that any of `queries` sees.
-pub(super) fn blocks_seen(queries: &[Query]) -> Range<usize> {
-    let first = queries.iter().map(|query| query.start / BLOCK_KEYS).min().unwrap_or(0);
-    let last = queries.iter().map(|query| query.end.div_ceil(BLOCK_KEYS)).max().unwrap_or(0);
-    first..last
-}
-
-simd_fn! {
-    fn normalise<E: Element>(output: &[f32], maximum: f32, sum: f32, o: &mut [E]) -> f32 = normalise_body;
-}
-
-#[inline(always)]
-fn normalise_body<E: Element, const FMA: bool>(output: &[f32], maximum: f32, sum: f32, o: &mut [E]) -> f32 {
-    for (o, value) in o.iter_mut().zip(output) {
-        *o = E::narrow(value / sum);
-    }
-    maximum + ln::<FMA>(sum)
-}
-
-/// Adds one block of keys, the first of them key number `start`, to the running softmax of `queries`.
-fn attend_block(queries: &[Query], start: usize, keys: &[f32], values: &[f32], scale: f32, running: &mut Running) {
-    let (tiles, rest) = queries.as_chunks::<TILE_ROWS>();
-    let mut row = 0;
-    for tile in tiles {
-        attend_rows(*tile, row, start, keys, values, scale, running);
-        row += TILE_ROWS;
-    }
-    for query in rest {
-        attend_rows([*query], row, start, keys, values, scale, running);
-        row += 1;
-    }
-}
-
-/// [`attend_block`] for `R` (1 or 4) queries, from `row` on.
-fn attend_rows<const R: usize>(
-    queries: [Query; R],
-    row: usize,
-    start: usize,
-    keys: &[f32],
-    values: &[f32],
-    scale: f32,
-    running: &mut Running,
-) {
-    let visible = queries.map(|query| block_range(query.start, query.end, start));
-    let Some(keys_seen) = union(&visible) else { return };
-    let head_dim = queries[0].q.len();
-    let stride = padded(head_dim);
-    let columns = whole_vectors(&keys_seen);
-    let mut scores = [[0.0; BLOCK_KEYS]; R];
-    let keys = Right { values: keys, stride: BLOCK_KEYS };
-    let flat = scores.as_flattened_mut();
-    product(queries.map(|query| query.q), keys, 0..head_dim, flat, BLOCK_KEYS, columns.clone(), false);
-    let output = &mut running.output[row * stride..][..R * stride];
-    for r in 0..R {
-        let (maximum, sum) = (&mut running.maximum[row + r], &mut running.sum[row + r]);
-        let rescale = probabilities(&mut scores[r], columns.clone(), visible[r], scale, maximum, sum);
-        for value in &mut output[r * stride..][..stride] {
-            *value *= rescale;
-        }
-    }
-    let values = Right { values, stride };
-    product(scores.each_ref().map(|row| &row[..]), values, keys_seen, output, stride, 0..stride, true);
-}
-
-/// The smallest range that holds all of `ranges`, or `None` if they are all empty.
-pub(super) fn union(ranges: &[(usize, usize)]) -> Option<Range<usize>> {
-    let some = ranges.iter().filter(|range| range.0 < range.1);
-    some.map(|range| range.0..range.1).reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
-}
-
-/// `keys` widened to whole vectors.
-pub(super) fn whole_vectors(keys: &Range<usize>) -> Range<usize> {
-    keys.start / LANES * LANES..keys.end.next_multiple_of(LANES)
-}
+use crate::gemm::transpose;
+use crate::math::{LANES, exp, larger, ln};
+use crate::room::Room;
+use crate::simd::{Isa, fma, simd_fn};
 
 /// The part of keys `from..to` in the block that starts at key `start`, counted from the block's start.
 pub(super) fn block_range(from: usize, to: usize, start: usize) -> (usize, usize) {
     (from.saturating_sub(start).min(BLOCK_KEYS), to.saturating_sub(start).min(BLOCK_KEYS))
 }
 
-simd_fn! {
-    /// Turns the `columns` of a row of scores into `exp(scale · score - maximum)`, hidden keys into 0, and updates maximum
-    /// and sum; `columns` are whole vectors that hold all of the visible keys `from..to`.
-    ///
-    /// Returns the factor that brings what was accumulated before to the new maximum.
-    fn probabilities(
-        scores: &mut [f32; BLOCK_KEYS], columns: Range<usize>, visible: (usize, usize), scale: f32, maximum: &mut f32,
-        sum: &mut f32,
-    ) -> f32 = probabilities_body;
+/// Running softmax of a tile.
+#[derive(Clone, Copy)]
+struct Running {
+    /// Largest score so far, per query.
+    maximum: Lanes,
+    /// Sum of `exp(score - maximum)`, per query.
+    sum: Lanes,
 }
 
-#[inline(always)]
-fn probabilities_body<const FMA: bool>(
-    scores: &mut [f32; BLOCK_KEYS],
-    columns: Range<usize>,
-    (from, to): (usize, usize),
-    scale: f32,
-    maximum: &mut f32,
-    sum: &mut f32,
-) -> f32 {
-    if from >= to {
-        scores.fill(0.0);
-        return 1.0;
-    }
-    scores[..from].fill(f32::NEG_INFINITY);
-    scores[to..].fill(f32::NEG_INFINITY);
-    let (vectors, _) = scores[columns].as_chunks_mut::<LANES>();
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for vector in vectors.iter_mut() {
-        for lane in 0..LANES {
-            vector[lane] *= scale;
-            lanes[lane] = larger(lanes[lane], vector[lane]);
-        }
-    }
-    let old = *maximum;
-    let new = larger(old, max_lanes(lanes));
-    let mut sums = [0.0; LANES];
-    for vector in vectors {
-        for lane in 0..LANES {
-            vector[lane] = exp::<FMA>(vector[lane] - new);
-            sums[lane] += vector[lane];
-        }
-    }
-    // No branch on whether the maximum grew, which no processor predicts: e^0 is 1, and e^-inf for the first block 0.
-    let rescale = exp::<FMA>(old - new);
-    *maximum = new;
-    *sum = fma::<FMA>(*sum, rescale, sum_lanes(sums));
-    rescale
+/// What a task works in.
+struct Scratch {
+    keys: Room,
+    values: Room,
+    queries: Gathered,
+    /// Scores, then probabilities, `[64, 32]`.
+    scores: Room,
+    /// Unnormalised output, `[D padded, 32]`.
+    output: Room,
+    /// Output by rows, `[32, D padded]`.
+    rows: Room,
 }
+
+/// Query blocks of a task: enough to be worth the copying of the keys that they see.
+const TASK_BLOCKS: usize = 4;
 
 /// Attention of all blocks; writes `o [T, H D]` and `lse [T, H]`.
 pub(super) fn forward<E: Element>(qkv: &[E], blocks: &[Block], spec: &AttentionSpec, o: &mut [E], lse: &mut [f32]) {
-    let (width, head_dim) = (spec.qkv_width(), spec.head_dim);
-    let key_column = spec.heads * head_dim;
-    let value_column = key_column + spec.kv_heads * head_dim;
-    let keys = pack(qkv, width, key_column, spec.kv_heads, blocks, spec, Pack::Transposed);
-    let values = pack(qkv, width, value_column, spec.kv_heads, blocks, spec, Pack::Rows);
-    let (keys_len, values_len) = (transposed_len(spec), rows_len(spec));
-
-    let mut tasks = Vec::with_capacity(blocks.len());
-    let (mut o, mut lse) = (o, lse);
-    for block in blocks {
-        let (o_block, o_rest) = o.split_at_mut(block.rows * spec.output_width());
-        let (lse_block, lse_rest) = lse.split_at_mut(block.rows * spec.heads);
-        tasks.push((block, o_block, lse_block));
-        (o, lse) = (o_rest, lse_rest);
+    let mut tasks = Vec::new();
+    for sequence in blocks.chunk_by(|a, b| a.first == b.first) {
+        for queries in sequence.chunks(TASK_BLOCKS) {
+            tasks.extend((0..spec.kv_heads).map(|kv_head| (sequence, queries, kv_head)));
+        }
     }
-    tasks.into_par_iter().for_each(|(block, o, lse)| {
-        let mut running = Running::new(BLOCK_KEYS, spec);
-        let (mut q, stride) = (vec![0.0; rows_len(spec)], padded(head_dim));
-        for head in 0..spec.heads {
-            let source = &qkv[block.start() * width..][..block.rows * width];
-            copy_head(source, width, head * head_dim, head_dim, 0, &mut q);
-            let queries: Vec<Query> = (0..block.rows)
-                .map(|row| {
-                    let (start, end) = spec.visible(block.position + row, block.len);
-                    Query { q: &q[row * stride..][..head_dim], start, end }
-                })
-                .collect();
-            let kv_head = head / spec.group();
-            running.start();
-            for n in blocks_seen(&queries) {
-                let index = (block.first + n) * spec.kv_heads + kv_head;
-                let (keys, values) =
-                    (&keys[index * keys_len..][..keys_len], &values[index * values_len..][..values_len]);
-                running.attend(&queries, n, keys, values, spec.scale);
-            }
-            for row in 0..block.rows {
-                let o = &mut o[row * spec.output_width() + head * head_dim..][..head_dim];
-                lse[row * spec.heads + head] = running.finish(row, o);
+    let (o, lse) = (HeadRows::new(o, spec.output_width(), spec.head_dim), HeadRows::new(lse, spec.heads, 1));
+    let stride = padded(spec.head_dim);
+    let scratch = || Scratch {
+        keys: Room::default(),
+        values: Room::default(),
+        queries: Gathered::new(spec.head_dim),
+        scores: Room::zeros(BLOCK_KEYS * TILE_QUERIES),
+        output: Room::zeros(stride * TILE_QUERIES),
+        rows: Room::zeros(TILE_QUERIES * stride),
+    };
+    tasks.into_par_iter().for_each_init(scratch, |scratch, (sequence, queries, kv_head)| {
+        attend_group(sequence, queries, kv_head, qkv, spec, scratch, &o, &lse);
+    });
+}
+
+/// Attention of the query heads that read `kv_head`, for the blocks `queries` of a sequence.
+fn attend_group<E: Element>(
+    sequence: &[Block],
+    queries: &[Block],
+    kv_head: usize,
+    qkv: &[E],
+    spec: &AttentionSpec,
+    scratch: &mut Scratch,
+    o: &HeadRows<E>,
+    lse: &HeadRows<f32>,
+) {
+    let (width, head_dim) = (spec.qkv_width(), spec.head_dim);
+    let tiles = || queries.iter().flat_map(|block| QueryTile::of(block, spec));
+    let seen = tiles().map(|tile| tile.blocks()).reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
+    let Some(seen) = seen else { return };
+    let Scratch { keys, values, queries: gathered, scores, output, rows } = scratch;
+    let key_column = (spec.heads + kv_head) * head_dim;
+    let keys = pack(qkv, width, key_column, head_dim, &sequence[seen.clone()], keys);
+    let value_column = key_column + spec.kv_heads * head_dim;
+    let values = pack(qkv, width, value_column, head_dim, &sequence[seen.clone()], values);
+    for head in kv_head * spec.group()..(kv_head + 1) * spec.group() {
+        for tile in tiles() {
+            gathered.gather(&tile, qkv, width, head * head_dim, head_dim);
+            let sums = attend(&tile, &gathered.lanes, (keys, values), seen.start, spec, scores, output, rows);
+            // SAFETY: heads of a group and rows of a block belong to one task.
+            unsafe {
+                o.write(tile.token, tile.rows, head * head_dim, rows, padded(head_dim));
+                lse.write(tile.token, tile.rows, head, sums.as_flattened(), 1);
             }
         }
-    });
+    }
+}
+
+/// Attends the queries of a tile, `q [D, 32]`, to all blocks of `keys` and `values` that it sees; the first of them,
+/// `[64, D padded]` each, is block `first` of the sequence. Leaves the output in `rows`; returns the logarithms of the sums
+/// of exponentials.
+fn attend(
+    tile: &QueryTile,
+    q: &[f32],
+    (keys, values): (&[f32], &[f32]),
+    first: usize,
+    spec: &AttentionSpec,
+    scores: &mut [f32],
+    output: &mut [f32],
+    rows: &mut [f32],
+) -> Lanes {
+    let (head_dim, stride) = (spec.head_dim, padded(spec.head_dim));
+    let mut running = Running { maximum: [[f32::NEG_INFINITY; LANES]; VECTORS], sum: [[0.0; LANES]; VECTORS] };
+    output.fill(0.0);
+    for n in tile.blocks() {
+        let seen = tile.keys(n * BLOCK_KEYS);
+        let whole = seen.start / ROWS * ROWS..seen.end.next_multiple_of(ROWS);
+        let block = (n - first) * BLOCK_KEYS * stride..(n - first + 1) * BLOCK_KEYS * stride;
+        let k = Left { values: &keys[block.clone()], row: stride, step: 1 };
+        let q = Right { values: q, stride: TILE_QUERIES };
+        multiply(k, whole, q, 0..head_dim, scores, TILE_QUERIES, TILE_QUERIES, false);
+        probabilities(scores, seen.clone(), n * BLOCK_KEYS, tile, spec.scale, &mut running, output);
+        let v = Left { values: &values[block], row: 1, step: stride };
+        let p = Right { values: scores, stride: TILE_QUERIES };
+        multiply(v, 0..stride, p, seen, output, TILE_QUERIES, TILE_QUERIES, true);
+    }
+    let sums = normalise(output, &running);
+    transpose(output, TILE_QUERIES, stride, TILE_QUERIES, stride, rows);
+    sums
+}
+
+/// Turns the scores `[64, 32]` of the keys `seen` of the block that starts at key `start` into
+/// `exp(scale · score - maximum)`, those of hidden keys into 0, updates maximum and sum, and brings `output` to the new
+/// maximum.
+fn probabilities(
+    scores: &mut [f32],
+    seen: Range<usize>,
+    start: usize,
+    tile: &QueryTile,
+    scale: f32,
+    running: &mut Running,
+    output: &mut [f32],
+) {
+    let (scores, output, old) = (lanes(scores), lanes(output), *running);
+    scale_scores(scores, seen.clone(), start, tile, scale, &mut running.maximum);
+    // Of a query that has seen no key yet: e^(-inf - 0), not of the difference of two infinities.
+    let shift = running.maximum.map(|vector| vector.map(|m| if m == f32::NEG_INFINITY { 0.0 } else { m }));
+    let sums = exponentials(scores, seen, &shift);
+    let mut rescale = old.maximum;
+    join(sums, &shift, &mut rescale, &mut running.sum);
+    multiply_rows(output, &rescale);
+}
+
+simd_fn! {
+    /// From the sixteen `sums` of a block: `rescale`, the old maximum, becomes the factor that brings what was accumulated
+    /// before to the new maximum, `shift`; `sum` is brought there, and the block's sum added.
+    fn join(sums: [Lanes; LANES], shift: &Lanes, rescale: &mut Lanes, sum: &mut Lanes) = join_body;
+}
+
+#[inline(always)]
+fn join_body<const FMA: bool>(mut sums: [Lanes; LANES], shift: &Lanes, rescale: &mut Lanes, sum: &mut Lanes) {
+    // As a tree: the order of `math::sum`.
+    for width in [8, 4, 2, 1] {
+        let (low, high) =
+            sums.as_flattened_mut().as_flattened_mut()[..2 * width * TILE_QUERIES].split_at_mut(width * TILE_QUERIES);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    let (rescale, sum, block) = (rescale.as_flattened_mut(), sum.as_flattened_mut(), sums[0].as_flattened());
+    for (rescale, shift) in rescale.iter_mut().zip(shift.as_flattened()) {
+        *rescale = exp::<FMA>(*rescale - shift);
+    }
+    for ((sum, rescale), block) in sum.iter_mut().zip(rescale).zip(block) {
+        *sum = fma::<FMA>(*sum, *rescale, *block);
+    }
+}
+
+/// [`vector::scale_scores`] for any instruction set.
+fn scale_scores(
+    scores: &mut [Lanes],
+    seen: Range<usize>,
+    start: usize,
+    tile: &QueryTile,
+    scale: f32,
+    maximum: &mut Lanes,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() >= Isa::Avx512 {
+        // SAFETY: AVX-512 is active.
+        return unsafe { vector::scale_scores(scores, seen, start, tile, scale, maximum) };
+    }
+    for key in seen {
+        let (row, queries) = (scores[key].as_flattened_mut(), tile.seeing(start + key));
+        for (query, (score, maximum)) in row.iter_mut().zip(maximum.as_flattened_mut()).enumerate() {
+            *score = if queries.contains(&query) { *score * scale } else { f32::NEG_INFINITY };
+            *maximum = larger(*maximum, *score);
+        }
+    }
+}
+
+/// [`vector::exponentials`] for any instruction set.
+fn exponentials(scores: &mut [Lanes], seen: Range<usize>, shift: &Lanes) -> [Lanes; LANES] {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() >= Isa::Avx512 {
+        // SAFETY: AVX-512 is active.
+        return unsafe { vector::exponentials(scores, seen, shift) };
+    }
+    let mut sums = [[[0.0; LANES]; VECTORS]; LANES];
+    for key in seen {
+        add_exponentials(scores[key].as_flattened_mut(), shift.as_flattened(), sums[key % LANES].as_flattened_mut());
+    }
+    sums
+}
+
+simd_fn! {
+    fn add_exponentials(scores: &mut [f32], shift: &[f32], sums: &mut [f32]) = add_exponentials_body;
+}
+
+#[inline(always)]
+fn add_exponentials_body<const FMA: bool>(scores: &mut [f32], shift: &[f32], sums: &mut [f32]) {
+    for ((score, shift), sum) in scores.iter_mut().zip(shift).zip(sums) {
+        *score = exp::<FMA>(*score - shift);
+        *sum += *score;
+    }
+}
+
+/// Multiplies every row by `factor`.
+fn multiply_rows(rows: &mut [Lanes], factor: &Lanes) {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() >= Isa::Avx512 {
+        // SAFETY: AVX-512 is active.
+        return unsafe { vector::multiply_rows(rows, factor) };
+    }
+    for row in rows {
+        row.as_flattened_mut().iter_mut().zip(factor.as_flattened()).for_each(|(value, factor)| *value *= factor);
+    }
+}
+
+/// Divides the output by the sums; returns the logarithms of the sums of exponentials.
+fn normalise(output: &mut [f32], running: &Running) -> Lanes {
+    let output = lanes(output);
+    let mut log_sums = running.sum;
+    add_logarithms(&running.maximum, &mut log_sums);
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() >= Isa::Avx512 {
+        // SAFETY: AVX-512 is active.
+        unsafe { vector::divide_rows(output, &running.sum) };
+        return log_sums;
+    }
+    for row in output {
+        row.as_flattened_mut().iter_mut().zip(running.sum.as_flattened()).for_each(|(value, sum)| *value /= sum);
+    }
+    log_sums
+}
+
+simd_fn! {
+    /// `maximum + ln sum` in place of `sum`.
+    fn add_logarithms(maximum: &Lanes, sum: &mut Lanes) = add_logarithms_body;
+}
+
+#[inline(always)]
+fn add_logarithms_body<const FMA: bool>(maximum: &Lanes, sum: &mut Lanes) {
+    for (sum, maximum) in sum.as_flattened_mut().iter_mut().zip(maximum.as_flattened()) {
+        *sum = maximum + ln::<FMA>(*sum);
+    }
 }

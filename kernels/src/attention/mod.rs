@@ -34,7 +34,12 @@ mod decode;
 mod forward;
 mod kernels;
 mod layout;
+mod multiply;
+mod queries;
+mod running;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
 pub use cache::KvCacheLayer;
 pub use decode::decode_attention;

@@ -1,4 +1,4 @@
-//! Small matrix products held in registers: the inner loops of attention.
+//! Small matrix products held in registers: the inner loops of attention of a few rows.
 //!
 //! The sums of a tile are assigned a vector at a time (`array::from_fn`): element by element, the compiler leaves them in
 //! memory.
@@ -6,7 +6,6 @@
 use std::array;
 use std::ops::Range;
 
-use super::BLOCK_KEYS;
 use crate::math::LANES;
 use crate::simd::{Isa, fma, simd_fn};
 
@@ -80,18 +79,6 @@ fn one_row_body<const FMA: bool>(
 ) {
     let a = &a[..steps.end];
     tiles::<FMA, 1>(|t| [a[t]], b, steps, c, c_stride, columns, accumulate);
-}
-
-simd_fn! {
-    /// `C[r, n] += Σ_t a[64 t + r] · B[t, n]` for 4 rows and all `b.stride` columns, which are also the row stride of C:
-    /// the left matrix is the transpose of one with rows of 64.
-    pub(super) fn product_transposed(a: &[f32], b: Right, steps: Range<usize>, c: &mut [f32]) = product_transposed_body;
-}
-
-#[inline(always)]
-fn product_transposed_body<const FMA: bool>(a: &[f32], b: Right, steps: Range<usize>, c: &mut [f32]) {
-    let factors = |t: usize| array::from_fn::<f32, TILE_ROWS, _>(|r| a[t * BLOCK_KEYS..][r]);
-    tiles::<FMA, TILE_ROWS>(factors, b, steps, c, b.stride, 0..b.stride, true);
 }
 
 /// Cuts the columns into tiles; `a(t)` gives column `t` of the left matrix.

@@ -8,13 +8,14 @@ use super::K_BLOCK;
 use super::micro::{MicroKernel, micro_kernel};
 use super::output::Output;
 use super::pack::{pack_a, pack_b};
+use crate::room::Room;
 
 /// The right operand of a product.
 #[derive(Clone, Copy)]
 pub(crate) enum Right<'a> {
     /// Its elements, with the distances from one `k` to the next and from one column to the next.
     Strided(&'a [f32], (usize, usize)),
-    /// Panels of all columns over all of `k`, packed for this kernel.
+    /// [`pack_blocks`] of all columns over all of `k`, for this kernel.
     Packed(&'a [f32], MicroKernel),
 }
 
@@ -42,12 +43,17 @@ pub(crate) struct Gemm<'a> {
     pub(crate) accumulate: bool,
 }
 
-/// Largest rows and columns of C in one task: its packed A (480 KiB) and B (512 KiB) share a 2 MiB L2.
-const TASK_ROWS: usize = 480;
-const TASK_COLUMNS: usize = 512;
-/// With few rows B is read once: a panel that stays in L1 is enough.
+/// Largest rows of C in one task: its packed A (240 KiB) stays in L2.
+const TASK_ROWS: usize = 240;
+/// Largest columns of C in one task: a block of packed B (1 MiB) stays in L2 while all rows of the task pass by.
+const TASK_COLUMNS: usize = 1024;
+/// Elements of B that are packed before the tasks start (4 MiB).
+const PACKED_B: usize = 1 << 20;
+/// With few rows B is read once or twice, so a task packs its own, and a panel that stays in L1 is enough.
 const FEW_ROWS: usize = 32;
 const FEW_ROWS_COLUMNS: usize = 64;
+/// From here on it is rows, not columns, that are dealt out to more tasks.
+const MANY_ROWS: usize = 128;
 /// Below this many multiply-adds a fork costs more than it saves.
 const SERIAL_BELOW: usize = 1 << 17;
 
@@ -68,8 +74,20 @@ struct Task {
     columns: usize,
 }
 
+/// The columns and the terms of B that are at hand.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    columns: (usize, usize),
+    k: (usize, usize),
+    /// [`pack_blocks`] of this part; or all of B, of which tasks pack what they need.
+    b: Right<'a>,
+}
+
 thread_local! {
-    static PACKED: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    /// A and B of a task.
+    static OPERANDS: RefCell<(Room, Room)> = RefCell::default();
+    /// B for all tasks of a product.
+    static SHARED: RefCell<Room> = RefCell::default();
 }
 
 /// Computes the product; see the module for the order of arithmetic.
@@ -101,32 +119,96 @@ pub(crate) fn gemm(g: Gemm<'_>) {
             kernel
         }
     };
-    let tasks = tasks(g.m, g.n, &kernel);
     let c = Target { c: &g.c, row_stride: g.c_row_stride, accumulate: g.accumulate };
-    let run = |task: &Task| {
-        PACKED.with_borrow_mut(|(a, b)| run_task(&g, &kernel, task, c, a, b));
+    match g.b {
+        Right::Strided(b, strides) if g.m > FEW_ROWS => {
+            // Taken out, not borrowed: while this thread waits for others, it may be given another product.
+            let mut room = SHARED.take();
+            let columns = even(g.n, TASK_COLUMNS, kernel.columns);
+            let terms = PACKED_B / columns / K_BLOCK * K_BLOCK;
+            for column in (0..g.n).step_by(columns) {
+                let columns = columns.min(g.n - column);
+                for k0 in (0..g.k).step_by(terms) {
+                    let kc = terms.min(g.k - k0);
+                    let b = &b[k0 * strides.0 + column * strides.1..];
+                    let packed = room.first(columns.next_multiple_of(kernel.columns) * kc);
+                    pack_blocks(b, strides, columns, kc, &kernel, packed);
+                    let b = Right::Packed(packed, kernel);
+                    let part = Part { columns: (column, columns), k: (k0, kc), b };
+                    run_part(&g, &kernel, c, part);
+                }
+            }
+            SHARED.set(room);
+        }
+        b => run_part(&g, &kernel, c, Part { columns: (0, g.n), k: (0, g.k), b }),
+    }
+}
+
+/// The size of the fewest nearly equal parts of `n`, none larger than `most`, in multiples of `unit`.
+fn even(n: usize, most: usize, unit: usize) -> usize {
+    n.div_ceil(n.div_ceil(most)).next_multiple_of(unit)
+}
+
+/// Packs `k × columns` of B: the blocks of [`K_BLOCK`] terms one after another, each as panels of all columns.
+pub(super) fn pack_blocks(
+    b: &[f32],
+    strides: (usize, usize),
+    columns: usize,
+    k: usize,
+    kernel: &MicroKernel,
+    packed: &mut [f32],
+) {
+    let nr = kernel.columns;
+    let mut panels = Vec::new();
+    let mut rest = packed;
+    for k0 in (0..k).step_by(K_BLOCK) {
+        let kc = K_BLOCK.min(k - k0);
+        for column in (0..columns).step_by(nr) {
+            let (panel, tail) = rest.split_at_mut(nr * kc);
+            panels.push((k0, column, panel));
+            rest = tail;
+        }
+    }
+    let pack = |(k0, column, panel): (usize, usize, &mut [f32])| {
+        let (source, width) = (&b[k0 * strides.0 + column * strides.1..], nr.min(columns - column));
+        pack_b(source, strides, width, panel.len() / nr, nr, panel);
     };
-    if tasks.len() == 1 || g.m * g.n * g.k < SERIAL_BELOW {
+    if columns * k < SERIAL_BELOW {
+        panels.into_iter().for_each(pack);
+    } else {
+        panels.into_par_iter().for_each(pack);
+    }
+}
+
+/// Adds what a part of B contributes to C.
+fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, c: Target<'_>, part: Part<'_>) {
+    let (column, columns) = part.columns;
+    let tasks = tasks(g.m, columns, kernel);
+    let run = |task: &Task| {
+        let task = Task { column: column + task.column, ..*task };
+        OPERANDS.with_borrow_mut(|(a, b)| run_task(g, kernel, &part, &task, c, a, b));
+    };
+    if tasks.len() == 1 || g.m * columns * part.k.1 < SERIAL_BELOW {
         tasks.iter().for_each(run);
     } else {
         tasks.par_iter().for_each(run);
     }
 }
 
-/// Cuts C into rectangles, a few per thread, aligned to the micro-kernel.
+/// Cuts rows and columns into rectangles, a few per thread, aligned to the micro-kernel.
 fn tasks(m: usize, n: usize, kernel: &MicroKernel) -> Vec<Task> {
-    let wanted = 2 * rayon::current_num_threads();
-    let mut rows = TASK_ROWS.min(m.next_multiple_of(kernel.rows));
-    let mut columns =
-        if m <= FEW_ROWS { FEW_ROWS_COLUMNS } else { TASK_COLUMNS }.min(n.next_multiple_of(kernel.columns));
-    // Halve the longer side until there is work for everyone; small tiles pack too much for what they compute.
+    let threads = rayon::current_num_threads();
+    // Where one thread does it all, more tasks only pack more.
+    let wanted = if threads == 1 { 1 } else { 4 * threads };
+    let mut rows = even(m, TASK_ROWS, kernel.rows);
+    let mut columns = even(n, if m <= FEW_ROWS { FEW_ROWS_COLUMNS } else { TASK_COLUMNS }, kernel.columns);
     while m.div_ceil(rows) * n.div_ceil(columns) < wanted {
-        if columns > 4 * kernel.columns && columns >= rows {
-            columns = (columns / 2).next_multiple_of(kernel.columns);
-        } else if rows > 8 * kernel.rows {
+        if m >= MANY_ROWS && rows > 2 * kernel.rows {
             rows = (rows / 2).next_multiple_of(kernel.rows);
         } else if columns > kernel.columns {
             columns = (columns / 2).next_multiple_of(kernel.columns);
+        } else if rows > 2 * kernel.rows {
+            rows = (rows / 2).next_multiple_of(kernel.rows);
         } else {
             break;
         }
@@ -140,33 +222,40 @@ fn tasks(m: usize, n: usize, kernel: &MicroKernel) -> Vec<Task> {
     tasks
 }
 
+/// A panel of A stays in L1 while the panels of B pass by: a row of tiles of C is written from left to right.
 fn run_task(
     g: &Gemm<'_>,
     kernel: &MicroKernel,
+    part: &Part<'_>,
     t: &Task,
     c: Target<'_>,
-    a_packed: &mut Vec<f32>,
-    b_packed: &mut Vec<f32>,
+    a_room: &mut Room,
+    b_room: &mut Room,
 ) {
     let (mr, nr) = (kernel.rows, kernel.columns);
-    for k0 in (0..g.k).step_by(K_BLOCK) {
-        let kc = K_BLOCK.min(g.k - k0);
-        let accumulate = c.accumulate || k0 > 0;
-        let a = &g.a[t.row * g.a_row_stride + k0 * g.a_col_stride..];
+    let width = part.columns.1.next_multiple_of(nr);
+    let (first_k, terms) = part.k;
+    for k0 in (0..terms).step_by(K_BLOCK) {
+        let kc = K_BLOCK.min(terms - k0);
+        let accumulate = c.accumulate || first_k + k0 > 0;
+        let a_packed = a_room.first(t.rows * kc);
+        let a = &g.a[t.row * g.a_row_stride + (first_k + k0) * g.a_col_stride..];
         pack_a(a, (g.a_row_stride, g.a_col_stride), t.rows, kc, mr, a_packed);
-        if let Right::Strided(b, strides) = g.b {
-            b_packed.resize(t.columns.next_multiple_of(nr) * kc, 0.0);
-            pack_b(&b[k0 * strides.0 + t.column * strides.1..], strides, t.columns, kc, nr, b_packed);
-        }
-        for column in (0..t.columns).step_by(nr) {
-            let columns = nr.min(t.columns - column);
-            let b = match g.b {
-                Right::Strided(..) => &b_packed[column * kc..][..nr * kc],
-                Right::Packed(b, _) => &b[(t.column + column) * g.k + k0 * nr..][..nr * kc],
-            };
-            for row in (0..t.rows).step_by(mr) {
-                let rows = mr.min(t.rows - row);
-                let a = &a_packed[row * kc..row * kc + rows * kc];
+        let b_packed = match part.b {
+            Right::Packed(packed, _) => &packed[k0 * width + (t.column - part.columns.0) * kc..],
+            Right::Strided(b, strides) => {
+                let packed = b_room.first(t.columns.next_multiple_of(nr) * kc);
+                let b = &b[(first_k + k0) * strides.0 + t.column * strides.1..];
+                pack_b(b, strides, t.columns, kc, nr, packed);
+                packed
+            }
+        };
+        for row in (0..t.rows).step_by(mr) {
+            let rows = mr.min(t.rows - row);
+            let a = &a_packed[row * kc..row * kc + rows * kc];
+            for column in (0..t.columns).step_by(nr) {
+                let columns = nr.min(t.columns - column);
+                let b = &b_packed[column * kc..][..nr * kc];
                 // SAFETY: the rectangle lies inside C (checked in `gemm`), and no other task writes it.
                 unsafe {
                     let corner = c.c.start().add((t.row + row) * c.row_stride + t.column + column);

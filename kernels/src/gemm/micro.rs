@@ -37,11 +37,11 @@ unsafe fn store_row(tile: &[f32], columns: usize, c: *mut f32, accumulate: bool)
     }
 }
 
-/// Expands to a match from a run-time row count to a kernel compiled for it: edge tiles do no work for absent rows.
+/// Expands to a match from a run-time row count to a kernel compiled for it and for so many vectors: edge tiles do no work for absent rows.
 #[cfg(target_arch = "x86_64")]
 macro_rules! by_rows {
-    ($rows:expr, $kernel:ident, [$($r:literal)*], $args:tt) => {
-        match $rows { $($r => $kernel::<$r> $args,)* _ => unreachable!("more rows than the panel holds") }
+    ($rows:expr, $kernel:ident, [$($r:literal)*], $vectors:literal, $args:tt) => {
+        match $rows { $($r => $kernel::<$r, $vectors> $args,)* _ => unreachable!("more rows than the panel holds") }
     };
 }
 
@@ -58,8 +58,9 @@ unsafe fn avx512(
 ) {
     use std::arch::x86_64::*;
 
+    /// `R` rows of `NV` vectors; of the last vector, the first `columns - 16 (NV - 1)` lanes.
     #[target_feature(enable = "avx512f")]
-    unsafe fn tile<const R: usize>(
+    unsafe fn tile<const R: usize, const NV: usize>(
         columns: usize,
         kc: usize,
         a: &[f32],
@@ -68,43 +69,54 @@ unsafe fn avx512(
         stride: usize,
         accumulate: bool,
     ) {
-        assert!(a.len() >= kc * R && b.len() >= kc * 32);
-        let mut acc = [[_mm512_setzero_ps(); 2]; R];
+        assert!(a.len() >= kc * R && b.len() >= kc * 32 && columns <= 16 * NV && columns > 16 * (NV - 1));
+        // C is far away: on its way while the sums are made.
+        for i in 0..R {
+            for v in 0..NV {
+                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * stride + 16 * v).cast());
+            }
+        }
+        let mut acc = [[_mm512_setzero_ps(); NV]; R];
         let (mut ap, mut bp) = (a.as_ptr(), b.as_ptr());
         // SAFETY: both pointers stay inside the panels, whose lengths were just checked.
         unsafe {
             for _ in 0..kc {
-                let (b0, b1) = (_mm512_loadu_ps(bp), _mm512_loadu_ps(bp.add(16)));
+                let mut line = [_mm512_setzero_ps(); NV];
+                for v in 0..NV {
+                    line[v] = _mm512_loadu_ps(bp.add(16 * v));
+                }
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let ai = _mm512_set1_ps(*ap.add(i));
-                    acc[0] = _mm512_fmadd_ps(ai, b0, acc[0]);
-                    acc[1] = _mm512_fmadd_ps(ai, b1, acc[1]);
+                    for v in 0..NV {
+                        acc[v] = _mm512_fmadd_ps(ai, line[v], acc[v]);
+                    }
                 }
                 ap = ap.add(R);
                 bp = bp.add(32);
             }
         }
+        let last = u16::MAX >> (16 * NV - columns);
         for (i, acc) in acc.iter().enumerate() {
-            // SAFETY: the caller vouches for the tile at `c`.
-            unsafe {
-                let row = c.add(i * stride);
-                if columns == 32 {
-                    for (half, value) in acc.iter().enumerate() {
-                        let at = row.add(16 * half);
-                        let value = if accumulate { _mm512_add_ps(_mm512_loadu_ps(at), *value) } else { *value };
-                        _mm512_storeu_ps(at, value);
-                    }
-                } else {
-                    let mut line = [0f32; 32];
-                    _mm512_storeu_ps(line.as_mut_ptr(), acc[0]);
-                    _mm512_storeu_ps(line.as_mut_ptr().add(16), acc[1]);
-                    store_row(&line, columns, row, accumulate);
+            for (v, value) in acc.iter().enumerate() {
+                let mask = if v + 1 == NV { last } else { u16::MAX };
+                // SAFETY: the caller vouches for the tile at `c`; lanes beyond it are masked out.
+                unsafe {
+                    let at = c.add(i * stride + 16 * v);
+                    let value =
+                        if accumulate { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), *value) } else { *value };
+                    _mm512_mask_storeu_ps(at, mask, value);
                 }
             }
         }
     }
     // SAFETY: chosen only where AVX-512 is active; the caller vouches for C.
-    unsafe { by_rows!(rows, tile, [1 2 3 4 5 6 7 8 9 10 11 12], (columns, kc, a, b, c, stride, accumulate)) }
+    unsafe {
+        if columns > 16 {
+            by_rows!(rows, tile, [1 2 3 4 5 6 7 8 9 10 11 12], 2, (columns, kc, a, b, c, stride, accumulate))
+        } else {
+            by_rows!(rows, tile, [1 2 3 4 5 6 7 8 9 10 11 12], 1, (columns, kc, a, b, c, stride, accumulate))
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -121,7 +133,7 @@ unsafe fn avx2(
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn tile<const R: usize>(
+    unsafe fn tile<const R: usize, const NV: usize>(
         columns: usize,
         kc: usize,
         a: &[f32],
@@ -131,16 +143,20 @@ unsafe fn avx2(
         accumulate: bool,
     ) {
         assert!(a.len() >= kc * R && b.len() >= kc * 16);
-        let mut acc = [[_mm256_setzero_ps(); 2]; R];
+        let mut acc = [[_mm256_setzero_ps(); NV]; R];
         let (mut ap, mut bp) = (a.as_ptr(), b.as_ptr());
         // SAFETY: both pointers stay inside the panels, whose lengths were just checked.
         unsafe {
             for _ in 0..kc {
-                let (b0, b1) = (_mm256_loadu_ps(bp), _mm256_loadu_ps(bp.add(8)));
+                let mut line = [_mm256_setzero_ps(); NV];
+                for v in 0..NV {
+                    line[v] = _mm256_loadu_ps(bp.add(8 * v));
+                }
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let ai = _mm256_set1_ps(*ap.add(i));
-                    acc[0] = _mm256_fmadd_ps(ai, b0, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(ai, b1, acc[1]);
+                    for v in 0..NV {
+                        acc[v] = _mm256_fmadd_ps(ai, line[v], acc[v]);
+                    }
                 }
                 ap = ap.add(R);
                 bp = bp.add(16);
@@ -150,14 +166,15 @@ unsafe fn avx2(
             let mut line = [0f32; 16];
             // SAFETY: `line` holds two registers; the caller vouches for the tile at `c`.
             unsafe {
-                _mm256_storeu_ps(line.as_mut_ptr(), acc[0]);
-                _mm256_storeu_ps(line.as_mut_ptr().add(8), acc[1]);
+                for v in 0..NV {
+                    _mm256_storeu_ps(line.as_mut_ptr().add(8 * v), acc[v]);
+                }
                 store_row(&line, columns, c.add(i * stride), accumulate);
             }
         }
     }
     // SAFETY: chosen only where AVX2 and FMA are active; the caller vouches for C.
-    unsafe { by_rows!(rows, tile, [1 2 3 4 5 6], (columns, kc, a, b, c, stride, accumulate)) }
+    unsafe { by_rows!(rows, tile, [1 2 3 4 5 6], 2, (columns, kc, a, b, c, stride, accumulate)) }
 }
 
 /// For every other processor: arrays small enough for the compiler to keep in vector registers.

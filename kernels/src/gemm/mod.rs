@@ -34,6 +34,7 @@ pub use packed::{PackedMatrix, linear_packed, linear_packed_f32};
 pub(crate) use bf16::{Factor, Operand, Product, Start, Stored, multiply};
 pub(crate) use block::{Gemm, Right, gemm};
 pub(crate) use output::{Output, filled};
+pub(crate) use pack::transpose;
 
 /// Terms of a dot product that are summed in one chain before the running total is touched.
 ///

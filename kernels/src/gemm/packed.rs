@@ -1,16 +1,15 @@
 //! A weight packed once for many products: what decoding needs, where every step reads all weights for a few rows.
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 
 use super::bf16::PackedOperand;
-use super::block::Right;
+use super::block::{Right, pack_blocks};
 use super::micro::{MicroKernel, micro_kernel};
-use super::pack::pack_b;
 use super::{Factor, Operand, Stored, bias_of, dims2, product, product_full};
 use crate::Result;
 use crate::error::check_dims;
 use crate::profile::{Class, time};
+use crate::room::Room;
 use crate::view::{tensor, view, view_of};
 
 /// A weight `[n, k]` in the order in which the kernels read it.
@@ -21,8 +20,8 @@ pub struct PackedMatrix {
 }
 
 enum Panels {
-    /// All of `k` for some columns, then the next columns; how many is the kernel's choice.
-    F32(Vec<f32>, MicroKernel),
+    /// As [`pack_blocks`] writes it for this kernel.
+    F32(Room, MicroKernel),
     Bf16(PackedOperand),
 }
 
@@ -38,11 +37,8 @@ impl PackedMatrix {
             DType::BF16 => Panels::Bf16(PackedOperand::new(&view_of::<half::bf16>(OP, w)?, n, k)),
             _ => {
                 let (w, kernel) = (view(OP, w)?, micro_kernel());
-                let mut panels = vec![0f32; n.next_multiple_of(kernel.columns) * k];
-                panels.par_chunks_mut((kernel.columns * k).max(1)).enumerate().for_each(|(index, panel)| {
-                    let column = index * kernel.columns;
-                    pack_b(&w[column * k..], (1, k), kernel.columns.min(n - column), k, kernel.columns, panel);
-                });
+                let mut panels = Room::default();
+                pack_blocks(&w, (1, k), n, k, &kernel, panels.first(n.next_multiple_of(kernel.columns) * k));
                 Panels::F32(panels, kernel)
             }
         };
@@ -65,7 +61,7 @@ impl PackedMatrix {
     /// Memory that the copy takes, in bytes: `n` and `k` filled up to whole panels.
     pub fn size_bytes(&self) -> usize {
         match &self.panels {
-            Panels::F32(panels, _) => std::mem::size_of_val(panels.as_slice()),
+            Panels::F32(panels, _) => std::mem::size_of_val::<[f32]>(panels),
             Panels::Bf16(panels) => panels.size_bytes(),
         }
     }
