@@ -20,7 +20,7 @@ use half::bf16;
 
 pub use path::Bf16Path;
 
-pub(crate) use block::{Factor, Product, Start, multiply};
+pub(crate) use block::{Factor, Product, Start, multiply, multiply_here};
 pub(crate) use pack::Operand;
 pub(crate) use tile::Stored;
 
