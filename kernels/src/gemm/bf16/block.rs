@@ -223,11 +223,12 @@ fn all_rows<E: Stored>(p: &Product<'_, E>, part: &Part, b: &[Tile]) {
 ///
 /// # Panics
 /// As [`multiply`].
-pub(crate) fn multiply_here<E: Stored>(p: Product<'_, E>, b: &PackedOperand) {
+pub(crate) fn multiply_here<E: Stored>(p: Product<'_, E>) {
     if p.m == 0 || p.n == 0 {
         return;
     }
     assert!(p.c.len() == p.m * p.n, "bf16 product: length of C");
+    let Factor::Packed(b) = p.b else { panic!("bf16 product: right operand that is not packed") };
     assert!(p.k > 0 && b.columns == p.n && b.terms == p.k, "bf16 product: shape of the packed operand");
     p.a.check(p.m, p.k);
     let part = Part { columns: 0..p.n, ks: 0..p.k, start: p.start };
