@@ -312,6 +312,17 @@ mod tests {
     }
 
     #[test]
+    fn shorter_exponential_has_the_same_bits() {
+        for i in 0..=400_000u32 {
+            let x = i as f32 * -2.5e-4 + 10.0;
+            assert_eq!(exp_small::<true>(x).to_bits(), exp::<true>(x).to_bits(), "{x}");
+            assert_eq!(exp_small::<false>(x).to_bits(), exp::<false>(x).to_bits(), "{x}");
+        }
+        assert_eq!(exp_small::<true>(f32::NEG_INFINITY), 0.0);
+        assert!(exp_small::<true>(f32::NAN).is_nan());
+    }
+
+    #[test]
     fn functions_match_f64_without_fma() {
         // Two roundings in the range reductions: the bounds above still hold except for the far tail of the normal.
         assert!(worst(-85.9, 88.7, exp::<false>, f64::exp) < 2e-7);

@@ -148,7 +148,13 @@ pub(super) fn backward<E: HeadElement>(
 
 impl RowGrads<'_> {
     /// Turns the logits of `row` for some entries into their gradients.
-    pub(super) fn logit_grads<E: HeadElement>(&self, row: usize, head: &Head<E>, columns: &Range<usize>, logits: &mut [f32]) {
+    pub(super) fn logit_grads<E: HeadElement>(
+        &self,
+        row: usize,
+        head: &Head<E>,
+        columns: &Range<usize>,
+        logits: &mut [f32],
+    ) {
         let dlogp = self.dlogp[row] * head.inv_temperature;
         let dentropy = self.dentropy.map_or(0.0, |dentropy| dentropy[row] * head.inv_temperature);
         softmax_grads(logits, self.lse[row], self.entropy[row], dlogp, dentropy);

@@ -164,12 +164,7 @@ impl HeadElement for bf16 {
         (labels.len() >= half::ENOUGH_ROWS).then(|| half::forward(head, h, labels))
     }
 
-    fn fused_backward(
-        head: &Head<bf16>,
-        h: &[bf16],
-        rows: &RowGrads,
-        dw: Option<&mut [f32]>,
-    ) -> Option<Vec<f32>> {
+    fn fused_backward(head: &Head<bf16>, h: &[bf16], rows: &RowGrads, dw: Option<&mut [f32]>) -> Option<Vec<f32>> {
         (rows.labels.len() >= half::ENOUGH_ROWS).then(|| half::backward(head, h, rows, dw))
     }
 }

@@ -52,6 +52,9 @@ impl HeadPartial {
 
     /// The same sums relative to `max` instead of the part's own maximum.
     fn rebased(self, max: f32) -> Self {
+        if self.max == max {
+            return self;
+        }
         let shift = f64::from(self.max) - f64::from(max);
         let scale = shift.exp();
         Self { max, sum: scale * self.sum, moment: scale * (self.moment + shift * self.sum), ..self }

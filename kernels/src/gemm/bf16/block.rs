@@ -340,7 +340,7 @@ impl Block {
         if self.path == Bf16Path::Amx {
             // They arrive while the products run; a store that misses would hold up the next tile's.
             // SAFETY: the path is AMX.
-            unsafe { super::amx::prefetch_for_writing(c, size.0, size.1 * size_of::<E>(), p.n * size_of::<E>()) };
+            unsafe { crate::amx::prefetch_for_writing(c, size.0, size.1 * size_of::<E>(), p.n * size_of::<E>()) };
         }
         let last = b.len().div_ceil(TILES) - 1;
         for (index, b) in b.chunks(TILES).enumerate() {
