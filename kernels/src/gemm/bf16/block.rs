@@ -336,15 +336,12 @@ impl Block {
             Start::Bias(bias) => Some(Base { start: bias[columns.clone()].as_ptr(), stride: 0 }),
             Start::Output => Some(Base { start: c.cast_const().cast(), stride: p.n }),
         };
-        #[cfg(target_arch = "x86_64")]
-        if self.path == Bf16Path::Amx {
-            // They arrive while the products run; a store that misses would hold up the next tile's.
-            // SAFETY: the path is AMX.
-            unsafe { crate::amx::prefetch_for_writing(c, size.0, size.1 * size_of::<E>(), p.n * size_of::<E>()) };
-        }
         let last = b.len().div_ceil(TILES) - 1;
         for (index, b) in b.chunks(TILES).enumerate() {
-            self.multiply(rows.len(), a.terms(index * TILES, b.len()), b);
+            // Asked for once; then a place that is there anyway.
+            let sums = std::ptr::from_ref(&self.sums).cast::<u8>();
+            let ahead = if index == 0 { (c.cast_const().cast(), p.n * size_of::<E>()) } else { (sums, 0) };
+            self.multiply(rows.len(), a.terms(index * TILES, b.len()), b, ahead);
             if index > 0 && index < last {
                 tile::add(&mut self.totals, &self.sums);
                 continue;
@@ -364,7 +361,10 @@ impl Block {
         }
     }
 
-    fn multiply(&mut self, rows: usize, a: Left<'_>, b: &[Tile]) {
+    /// `sums = A·B`; the rows at `_ahead`, so many bytes apart, are asked for meanwhile.
+    fn multiply(&mut self, rows: usize, a: Left<'_>, b: &[Tile], _ahead: (*const u8, usize)) {
+        #[cfg(target_arch = "x86_64")]
+        let ahead = super::amx::Ahead { start: _ahead.0, stride: _ahead.1 };
         let a = match a {
             Left::Packed(a) => {
                 assert!(a.len() == b.len());
@@ -376,14 +376,16 @@ impl Block {
                 assert!(a.len() >= (lines - 1) * stride + terms);
                 let a = super::amx::Lines::in_place(a.as_ptr(), stride);
                 // SAFETY: the path is AMX, so `new` has configured the tiles; the rows and terms were just checked.
-                return unsafe { super::amx::multiply(rows, a, b, &mut self.sums) };
+                return unsafe { super::amx::multiply(rows, a, b, &mut self.sums, ahead) };
             }
             Left::InPlace(..) => unreachable!("only tiles read rows where they lie"),
         };
         match self.path {
             // SAFETY: the path is AMX, so `new` has configured the tiles; a panel has 32 rows.
             #[cfg(target_arch = "x86_64")]
-            Bf16Path::Amx => unsafe { super::amx::multiply(rows, super::amx::Lines::packed(a), b, &mut self.sums) },
+            Bf16Path::Amx => unsafe {
+                super::amx::multiply(rows, super::amx::Lines::packed(a), b, &mut self.sums, ahead)
+            },
             // SAFETY: the path is active only where AVX-512-bf16 exists.
             #[cfg(target_arch = "x86_64")]
             Bf16Path::Dot => unsafe { tile::dot(rows, a, b, &mut self.sums) },
