@@ -63,8 +63,8 @@ struct Workspace {
     p: Room<bf16>,
     /// Score gradients, likewise.
     ds: Room<bf16>,
-    /// Score gradients of two pairs of blocks, `[32, 64, 2]` each.
-    ds_pairs: [Room<bf16>; 2],
+    /// Score gradients of one pair of blocks, `[32, 64, 2]`.
+    ds_pairs: Room<bf16>,
 }
 
 impl Workspace {
@@ -90,7 +90,7 @@ impl Workspace {
             pairs: Room::new(len),
             p: Room::new(BLOCK_KEYS * CHUNK_ROWS),
             ds: Room::new(BLOCK_KEYS * CHUNK_ROWS),
-            ds_pairs: [(); 2].map(|()| Room::new(BLOCK_KEYS * BLOCK_KEYS)),
+            ds_pairs: Room::new(BLOCK_KEYS * BLOCK_KEYS),
         }
     }
 }
@@ -129,30 +129,17 @@ fn head_gradients(
         packed.queries(sequence, head, inputs, spec);
         sums.dq[..sequence.len() * len].fill(0.0);
         for (n, key_block) in sequence.iter().enumerate() {
-            // Some lines of the result at a time: the stores at the end would wait for each.
-            let target = |head: usize| Target { dqkv, block: key_block, column: head * spec.head_dim, spec };
-            target(head).prefetch();
-            if head + 1 == (kv_head + 1) * spec.group() {
-                target(spec.heads + kv_head).prefetch();
-                target(spec.heads + spec.kv_heads + kv_head).prefetch();
-            }
             let seeing = seeing_blocks(n, key_block, spec);
             for first in seeing.clone().step_by(CHUNK) {
                 let last = seeing.end.min(first + CHUNK);
-                // The gradient of a query block waits for the products of the next one: tiles cannot load what has just
-                // been stored without waiting for it.
                 for m in first..last {
-                    let visible = visible_rows(key_block, &sequence[m], spec);
-                    products.products(&tiles, packed.key(n, len), packed.query(m, len), &visible, spec);
-                    if m > first {
-                        sums.add_queries(&tiles, m - 1, packed.key(n, len).k_transposed, &ds_pairs[(m - 1) % 2], len);
-                    }
                     let at = (m - first) * BLOCK_KEYS;
-                    let (p, ds, ds_pairs) = (&mut p[at..], &mut ds[at..], &mut ds_pairs[m % 2]);
+                    let (p, ds) = (&mut p[at..], &mut ds[at..]);
                     let mut factors = Factors { p, ds, stride: CHUNK_ROWS, ds_pairs };
-                    products.factors(packed.query(m, len), &visible, spec, &mut factors);
+                    let visible = array::from_fn(|key| seeing_rows(key_block.position + key, &sequence[m], spec));
+                    products.factors(&tiles, packed.key(n, len), packed.query(m, len), &visible, spec, &mut factors);
+                    sums.add_queries(&tiles, m, packed.key(n, len).k_transposed, ds_pairs, len);
                 }
-                sums.add_queries(&tiles, last - 1, packed.key(n, len).k_transposed, &ds_pairs[(last - 1) % 2], len);
                 sums.add_keys(&tiles, n, (first, last), p, ds, packed, len);
             }
         }
@@ -178,17 +165,6 @@ fn seeing_blocks(n: usize, keys: &Block, spec: &AttentionSpec) -> std::ops::Rang
     let last = keys.position + keys.rows - 1;
     let to = spec.window.map_or(blocks, |window| (last + window).div_ceil(BLOCK_KEYS));
     from..to.min(blocks)
-}
-
-/// For each key of a block, the rows of `queries` that see it, as bits.
-fn visible_rows(keys: &Block, queries: &Block, spec: &AttentionSpec) -> [u64; BLOCK_KEYS] {
-    let last_key = keys.position + BLOCK_KEYS - 1;
-    let is_whole = queries.rows == BLOCK_KEYS && last_key < keys.len;
-    let is_past = !spec.causal || last_key <= queries.position;
-    if is_whole && is_past && spec.window.is_none_or(|window| keys.position + window >= queries.position + BLOCK_KEYS) {
-        return [u64::MAX; BLOCK_KEYS];
-    }
-    array::from_fn(|key| seeing_rows(keys.position + key, queries, spec))
 }
 
 /// The rows of `block` that see key `key` of its sequence, as bits.
@@ -325,13 +301,6 @@ struct Target<'a> {
 }
 
 impl<'a> Target<'a> {
-    /// Asks for all of it, in order to write it.
-    fn prefetch(&self) {
-        let width = self.spec.qkv_width();
-        let size = (self.block.rows, self.spec.head_dim);
-        self.dqkv.prefetch(self.block.start() * width + self.column, size, width);
-    }
-
     /// Columns of `row` from `d` on, at most 16.
     ///
     /// # Safety

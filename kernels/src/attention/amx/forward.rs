@@ -258,10 +258,12 @@ pub(in super::super) fn forward(qkv: &[bf16], blocks: &[Block], spec: &Attention
     let (mut keys, mut values) = (Room::new(blocks.len() * kv_heads * len), Room::new(blocks.len() * kv_heads * len));
     keys.par_chunks_mut(len).zip(values.par_chunks_mut(len)).enumerate().for_each(|(n, (keys, values))| {
         let (block, kv_head) = (&blocks[n / kv_heads], n % kv_heads);
+        if let Some(next) = blocks.get((n + 1) / kv_heads) {
+            prefetch(head(next, heads + (n + 1) % kv_heads));
+            prefetch(head(next, heads + kv_heads + (n + 1) % kv_heads));
+        }
         // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
         unsafe {
-            prefetch(head(block, heads + kv_head));
-            prefetch(head(block, heads + kv_heads + kv_head));
             pack_transposed(head(block, heads + kv_head), keys);
             pack_pairs(head(block, heads + kv_heads + kv_head), values);
         }
@@ -276,7 +278,9 @@ pub(in super::super) fn forward(qkv: &[bf16], blocks: &[Block], spec: &Attention
                 (&keys[start..start + len], &values[start..start + len])
             };
             let source = head(block, number);
-            prefetch(source);
+            if let Some(next) = blocks.get((n + 1) / heads) {
+                prefetch(head(next, (n + 1) % heads));
+            }
             let width = spec.output_width();
             o.prefetch(block.start() * width + number * head_dim, (block.rows, head_dim), width);
             let q = if source.lies_in_tiles() {

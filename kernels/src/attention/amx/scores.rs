@@ -47,7 +47,7 @@ pub(super) struct Factors<'a> {
     pub(super) ds_pairs: &'a mut [bf16],
 }
 
-/// Scores and probability gradients of a pair of blocks, `[64 keys, 64 queries]`, before the exponential.
+/// Scores and probability gradients of 32 keys and 32 queries, before the exponential.
 pub(super) struct Products {
     scores: Room<f32>,
     d_p: Room<f32>,
@@ -56,72 +56,57 @@ pub(super) struct Products {
 /// Keys and queries that are worked on at once.
 const PART: usize = 32;
 
-/// The parts of a pair of blocks: first key and first query.
-fn parts() -> impl Iterator<Item = (usize, usize)> {
-    (0..BLOCK_KEYS).step_by(PART).flat_map(|key| (0..BLOCK_KEYS).step_by(PART).map(move |query| (key, query)))
-}
-
-/// Whether any query of a part sees any key of it.
-fn is_seen(visible: &[u64; BLOCK_KEYS], key: usize, query: usize) -> bool {
-    (visible[key..key + PART].iter().fold(0, |seen, row| seen | row) >> query) as u32 != 0
-}
-
 impl Products {
     pub(super) fn new() -> Self {
-        Self { scores: Room::new(BLOCK_KEYS * BLOCK_KEYS), d_p: Room::new(BLOCK_KEYS * BLOCK_KEYS) }
+        Self { scores: Room::new(PART * PART), d_p: Room::new(PART * PART) }
     }
 
-    /// The products of a pair of blocks, as far as key `j` is seen by the queries of the bits of `visible[j]`.
+    /// Fills `factors` for one pair of blocks; key `j` is seen by the queries of the bits of `visible[j]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    pub(super) fn products(
+    pub(super) fn factors(
         &mut self,
         tiles: &Tiles,
         keys: Keys,
         queries: Queries,
         visible: &[u64; BLOCK_KEYS],
         spec: &AttentionSpec,
-    ) {
-        let stride = padded_pairs(spec.head_dim);
-        for (key, query) in parts().filter(|&(key, query)| is_seen(visible, key, query)) {
-            let left = |values| Left { values, stride };
-            let right = |values| Pairs { values, stride: BLOCK_KEYS };
-            let (k, v) = (left(&keys.k[key * stride..]), left(&keys.v[key * stride..]));
-            let (q, d_o) = (right(&queries.q[query * 2..]), right(&queries.d_o[query * 2..]));
-            let at = key * BLOCK_KEYS + query;
-            product::<PART>(tiles, k, q, stride / STEP, &mut self.scores[at..], BLOCK_KEYS, false);
-            product::<PART>(tiles, v, d_o, stride / STEP, &mut self.d_p[at..], BLOCK_KEYS, false);
-        }
-    }
-
-    /// Fills `factors` from the products of a pair of blocks; `visible` as there.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    pub(super) fn factors(
-        &self,
-        queries: Queries,
-        visible: &[u64; BLOCK_KEYS],
-        spec: &AttentionSpec,
         factors: &mut Factors,
     ) {
-        for (key, query) in parts() {
-            let some = is_seen(visible, key, query);
-            for row in (key..key + PART).step_by(2) {
-                for at in (query..query + PART).step_by(LANES) {
-                    if some {
-                        let seen = [visible[row] >> at, visible[row + 1] >> at];
-                        self.two_keys((row, at), seen.map(|seen| seen as __mmask16), queries, spec, factors);
-                    } else {
-                        store((row, at), _mm512_setzero_si512(), _mm512_setzero_si512(), factors);
+        let stride = padded_pairs(spec.head_dim);
+        for key in (0..BLOCK_KEYS).step_by(PART) {
+            let seen = visible[key..key + PART].iter().fold(0, |seen, row| seen | row);
+            for query in (0..BLOCK_KEYS).step_by(PART) {
+                let some = (seen >> query) as u32 != 0;
+                if some {
+                    let left = |values| Left { values, stride };
+                    let right = |values| Pairs { values, stride: BLOCK_KEYS };
+                    let (k, v) = (left(&keys.k[key * stride..]), left(&keys.v[key * stride..]));
+                    let (q, d_o) = (right(&queries.q[query * 2..]), right(&queries.d_o[query * 2..]));
+                    product::<PART>(tiles, k, q, stride / STEP, &mut self.scores, PART, false);
+                    product::<PART>(tiles, v, d_o, stride / STEP, &mut self.d_p, PART, false);
+                }
+                for row in (0..PART).step_by(2) {
+                    for at in (0..PART).step_by(LANES) {
+                        let to = (key + row, query + at);
+                        let seen = [visible[to.0] >> to.1, visible[to.0 + 1] >> to.1];
+                        if some {
+                            self.two_keys(row, at, to, seen.map(|seen| seen as __mmask16), queries, spec, factors);
+                        } else {
+                            store(to, _mm512_setzero_si512(), _mm512_setzero_si512(), factors);
+                        }
                     }
                 }
             }
         }
     }
 
-    /// Keys `to.0` and `to.0 + 1` and the 16 queries from `to.1` on.
+    /// Keys `row` and `row + 1` and the 16 queries from `at` on of this part, which are those from `to` on of the blocks.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     fn two_keys(
         &self,
+        row: usize,
+        at: usize,
         to: (usize, usize),
         seen: [__mmask16; 2],
         queries: Queries,
@@ -132,7 +117,7 @@ impl Products {
         let (minus_lse, delta) = (load(&queries.minus_lse[to.1..]), load(&queries.delta[to.1..]));
         let (mut p, mut ds) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 2]);
         for r in 0..2 {
-            let from = (to.0 + r) * BLOCK_KEYS + to.1;
+            let from = (row + r) * PART + at;
             let exponential = exp2(_mm512_fmadd_ps(load(&self.scores[from..]), scale, minus_lse));
             p[r] = _mm512_maskz_mov_ps(seen[r], exponential);
             let difference = _mm512_sub_ps(load(&self.d_p[from..]), delta);

@@ -6,8 +6,8 @@
 //! before enters the order of arithmetic.
 //!
 //! Both operands are packed into panels of 32 rows or columns. B is packed whole, by all threads, and shared; then each
-//! task packs some rows of A and multiplies them with every panel of B. A few rows are packed first and shared, and
-//! the tasks are panels of B.
+//! task packs some rows of A, unless tiles can load them where they lie, and multiplies them with every panel of B. A few
+//! rows are packed first and shared, and the tasks are panels of B.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
