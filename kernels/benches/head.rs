@@ -17,11 +17,18 @@ fn random(shape: &[usize]) -> Tensor {
 }
 
 fn head(c: &mut Criterion) {
+    for dtype in [DType::F32, DType::BF16] {
+        head_of(c, dtype);
+    }
+}
+
+fn head_of(c: &mut Criterion, dtype: DType) {
     for (name, rows, vocabulary, width) in SHAPES {
-        let (h, w, dlogp) = (random(&[rows, width]), random(&[vocabulary, width]), random(&[rows]));
+        let of = |shape: &[usize]| random(shape).to_dtype(dtype).unwrap();
+        let (h, w, dlogp) = (of(&[rows, width]), of(&[vocabulary, width]), random(&[rows]));
         let dw = Tensor::zeros((vocabulary, width), DType::F32, &Device::Cpu).unwrap();
         let labels: Vec<u32> = (0..rows).map(|row| (row * 7919 % vocabulary) as u32).collect();
-        let mut group = c.benchmark_group(format!("head {name}"));
+        let mut group = c.benchmark_group(format!("head {name} {}", dtype.as_str()));
         group.sample_size(10);
         let out = head_logprob(&h, &w, None, &labels, 1.0).unwrap();
         group.bench_function("forward", |b| {

@@ -51,6 +51,27 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     if high { f32::INFINITY } else { e }
 }
 
+/// The bits of [`exp`] in fewer steps, for `x` below 80.
+#[inline(always)]
+pub(crate) fn exp_small<const FMA: bool>(x: f32) -> f32 {
+    const LOWEST: f32 = -85.950_25;
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let low = x < LOWEST;
+    let y = if low { LOWEST } else { x };
+    let rounded = fma::<FMA>(y, std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = fma::<FMA>(n, -LN2_HIGH, y);
+    let r = fma::<FMA>(n, -LN2_LOW, r);
+    let p =
+        polynomial::<FMA, 6>(r, [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1]);
+    let p = fma::<FMA>(p, r * r, r) + 1.0;
+    // n is in -124..=116: 2^n is a normal number, and a product by it exact, in one step or two.
+    let e = p * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
+    if low { 0.0 } else { e }
+}
+
 /// Natural logarithm of a positive normal number, relative error below 2e-7.
 ///
 /// Zero gives `-inf`, infinity gives infinity; negative numbers give NaN.
@@ -288,6 +309,17 @@ mod tests {
     #[test]
     fn functions_match_f64() {
         check::<true>();
+    }
+
+    #[test]
+    fn shorter_exponential_has_the_same_bits() {
+        for i in 0..=400_000u32 {
+            let x = i as f32 * -2.5e-4 + 10.0;
+            assert_eq!(exp_small::<true>(x).to_bits(), exp::<true>(x).to_bits(), "{x}");
+            assert_eq!(exp_small::<false>(x).to_bits(), exp::<false>(x).to_bits(), "{x}");
+        }
+        assert_eq!(exp_small::<true>(f32::NEG_INFINITY), 0.0);
+        assert!(exp_small::<true>(f32::NAN).is_nan());
     }
 
     #[test]

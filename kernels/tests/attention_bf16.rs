@@ -9,6 +9,10 @@ use common::{bits, random, with_threads};
 use tandem_kernels::attention::{AttentionSpec, attention, attention_backward};
 use twin::{bf16, check, cuts, run, to_f32};
 
+/// As in the programs: large blocks start at a cache line, so that tiles can load rows where they lie.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Lengths around the block size and the tile size, and short ones.
 const LENGTHS: [usize; 9] = [1, 2, 63, 64, 65, 130, 7, 33, 200];
 

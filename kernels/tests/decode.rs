@@ -7,6 +7,10 @@ use common::{tensor, with_threads};
 use tandem_kernels::Error;
 use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, attention, decode_attention};
 
+/// As in the programs: large blocks start at a cache line, so that tiles can load rows where they lie.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const LEN: usize = 200;
 
 fn specs() -> Vec<AttentionSpec> {

@@ -12,6 +12,10 @@ use tandem_kernels::logprob::{
 };
 use tandem_kernels::reference::logprob as twin;
 
+/// As in the programs: large blocks start at a cache line, so that tiles can load rows where they lie.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const INV_TEMPERATURE: f32 = 1.0 / 0.8;
 /// Rounding of bf16: its significand has 8 bits.
 const HALF_UNIT: f64 = 1.0 / (1u64 << 8) as f64;
@@ -72,6 +76,9 @@ fn cases() -> Vec<Case> {
         Case::new(5, 17, 513, Some(DType::F32)),
         Case::new(70, 33, 2600, None),
         Case::new(1030, 3, 11, Some(DType::BF16)),
+        // Enough rows for tasks that use the logits in cache; two tiles, of rows and of entries.
+        Case::new(1030, 7, 1030, None),
+        Case::new(290, 64, 1100, None),
     ]
 }
 
@@ -141,12 +148,12 @@ fn backward_matches_the_twin() {
 #[test]
 fn a_row_does_not_know_its_batch() {
     for (width, vocabulary, bias) in [(5, 7, None), (300, 3000, Some(DType::BF16)), (1100, 1025, Some(DType::F32))] {
-        let case = Case::new(130, width, vocabulary, bias);
+        let case = Case::new(300, width, vocabulary, bias);
         let (w, bias) = (&case.w, case.bias.as_ref());
         let packed = PackedMatrix::new(w).unwrap();
         let whole = head_logprob(&case.h, w, bias, &case.labels, 1.0).unwrap();
-        for count in [1, 2, 17, 40, 64, 65, 130] {
-            let first = (130 - count) / 2;
+        for count in [1, 2, 17, 40, 64, 65, 130, 300] {
+            let first = (300 - count) / 2;
             let h = case.h.narrow(0, first, count).unwrap();
             let labels = &case.labels[first..first + count];
             let part = head_logprob(&h, w, bias, labels, 1.0).unwrap();
@@ -168,10 +175,23 @@ fn a_row_does_not_know_its_batch() {
 
 #[test]
 fn threads_do_not_matter() {
-    let case = Case::new(1100, 48, 2100, Some(DType::BF16));
-    let run = || (bits(&case.forward().logp), case.backward().map(|grad| bits(&grad)));
-    let one = with_threads(1, run);
-    assert!(one == with_threads(3, run));
+    for bias in [None, Some(DType::BF16)] {
+        let case = Case::new(1100, 48, 2100, bias);
+        let run = || (bits(&case.forward().logp), case.backward().map(|grad| bits(&grad)));
+        let one = with_threads(1, run);
+        assert!(one == with_threads(3, run));
+    }
+}
+
+/// Without a bias the backward never stores the logits of a whole tile; with one of zeros it does.
+#[test]
+fn a_bias_of_zeros_changes_no_gradient() {
+    for width in [45, 64] {
+        let plain = Case::new(1100, width, 2100, None);
+        let zero = Case { bias: Some(zeros(&[2100])), ..Case::new(1100, width, 2100, None) };
+        let ([dh, dw, _], [dh_zero, dw_zero, _]) = (plain.backward(), zero.backward());
+        assert!(bits(&dh) == bits(&dh_zero) && bits(&dw) == bits(&dw_zero), "width {width}");
+    }
 }
 
 /// One shard has the bits of the whole head; the weights of a shard get the bits that they get in the whole head, given

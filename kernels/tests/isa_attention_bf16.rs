@@ -13,6 +13,10 @@ use tandem_kernels::Isa;
 use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, decode_attention};
 use twin::{bf16, check, cuts, run, to_f32};
 
+/// As in the programs: large blocks start at a cache line, so that tiles can load rows where they lie.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const LENGTHS: [usize; 4] = [133, 1, 70, 64];
 
 fn specs() -> Vec<AttentionSpec> {

@@ -13,6 +13,10 @@ use tandem_kernels::gemm::{
     linear_packed, linear_packed_f32, linear_weight_grad,
 };
 
+/// As in the programs: large blocks start at a cache line, so that tiles can load rows where they lie.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Rounding of f32.
 const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 /// Rounding of bf16: its significand has 8 bits.
@@ -132,6 +136,25 @@ fn rows_are_independent(t: usize, n: usize, k: usize) {
     assert!(half_bits(&last) == all[(t - 1) * k..], "dx row");
 }
 
+/// Where a matrix starts in memory decides how tiles load it, not what comes out.
+fn place_in_memory_does_not_matter() {
+    let (t, n, k) = (210, 70, 1088);
+    let (x, w, dy) = (half(&[t, k], 11), half(&[n, k], 12), half(&[t, n], 13));
+    let moved = |x: &Tensor| {
+        let padded = Tensor::cat(&[&half(&[1], 14), &x.flatten_all().unwrap()], 0).unwrap();
+        padded.narrow(0, 1, x.elem_count()).unwrap().reshape(x.dims()).unwrap()
+    };
+    assert!(half_bits(&linear(&x, &w, None).unwrap()) == half_bits(&linear(&moved(&x), &moved(&w), None).unwrap()));
+    let input_grad = |dy: &Tensor, w: &Tensor| half_bits(&linear_input_grad(dy, w).unwrap());
+    assert!(input_grad(&dy, &w) == input_grad(&moved(&dy), &moved(&w)));
+    let weight_grad = |dy: &Tensor, x: &Tensor| {
+        let dw = random(&[n, k], 15);
+        linear_weight_grad(dy, x, &dw).unwrap();
+        bits(&dw)
+    };
+    assert!(weight_grad(&dy, &x) == weight_grad(&moved(&dy), &moved(&x)));
+}
+
 fn threads_do_not_matter() {
     let (t, n, k) = (2300, 200, 520);
     let run = || {
@@ -190,6 +213,7 @@ fn all() {
     for (t, n, k) in [(37, 65, 300), (500, 96, 576), (100, 70, 2057), (64, 1537, 257)] {
         rows_are_independent(t, n, k);
     }
+    place_in_memory_does_not_matter();
     threads_do_not_matter();
     non_finite_values_propagate();
     nothing_to_sum();

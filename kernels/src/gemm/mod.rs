@@ -31,7 +31,7 @@ pub use bf16::{Bf16Path, K_BLOCK_BF16};
 pub(crate) use packed::packed;
 pub use packed::{PackedMatrix, linear_packed, linear_packed_f32};
 
-pub(crate) use bf16::{Factor, Operand, Product, Start, Stored, multiply};
+pub(crate) use bf16::{Factor, Operand, PackedOperand, Product, Start, Stored, multiply, multiply_here, narrow_row};
 pub(crate) use block::{Gemm, Right, gemm};
 pub(crate) use output::{Output, filled};
 pub(crate) use pack::transpose;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::products::HeadElement;
 use super::row::{BLOCK, HeadPartial};
-use crate::math::exp;
+use crate::math::exp_small;
 use crate::simd::{fma, simd_fn};
 
 /// Rows of a tile.
@@ -42,19 +42,19 @@ impl<E: HeadElement> Head<'_, E> {
         self.w.len() / self.width
     }
 
-    /// The vocabulary in tiles.
-    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
+    /// The vocabulary in tiles of so many entries.
+    pub(super) fn tiles(&self, width: usize) -> impl Iterator<Item = Range<usize>> + use<E> {
         let vocabulary = self.vocabulary();
-        (0..vocabulary).step_by(TILE_COLUMNS).map(move |start| start..(start + TILE_COLUMNS).min(vocabulary))
+        (0..vocabulary).step_by(width).map(move |start| start..(start + width).min(vocabulary))
     }
 
     /// Weights of some entries, `[columns, width]`.
-    fn weights(&self, columns: &Range<usize>) -> &[E] {
+    pub(super) fn weights(&self, columns: &Range<usize>) -> &[E] {
         &self.w[columns.start * self.width..columns.end * self.width]
     }
 
     /// `label`'s place in a tile that holds `columns`, if it is there.
-    fn column_of(&self, label: u32, columns: &Range<usize>) -> Option<usize> {
+    pub(super) fn column_of(&self, label: u32, columns: &Range<usize>) -> Option<usize> {
         (label as usize).checked_sub(self.first_entry + columns.start).filter(|&column| column < columns.len())
     }
 
@@ -78,18 +78,21 @@ fn add(row: &mut [f32], terms: &[f32]) {
     }
 }
 
-fn scale(row: &mut [f32], factor: f32) {
+pub(super) fn scale(row: &mut [f32], factor: f32) {
     for value in row {
         *value *= factor;
     }
 }
 
 pub(super) fn forward<E: HeadElement>(head: &Head<E>, h: &[E], labels: &[u32]) -> Vec<HeadPartial> {
+    if let Some(partials) = E::fused_forward(head, h, labels) {
+        return partials;
+    }
     let mut partials = vec![HeadPartial::EMPTY; labels.len()];
     let mut tile = vec![0.0; labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
     let chunks = labels.chunks(TILE_ROWS).zip(partials.chunks_mut(TILE_ROWS));
     for (h, (labels, partials)) in h.chunks(TILE_ROWS * head.width).zip(chunks) {
-        for columns in head.tiles() {
+        for columns in head.tiles(TILE_COLUMNS) {
             let tile = &mut tile[..labels.len() * columns.len()];
             head.tile(h, columns.clone(), tile);
             let rows = tile.par_chunks(columns.len()).zip(labels);
@@ -112,13 +115,18 @@ pub(super) fn backward<E: HeadElement>(
     mut dw: Option<&mut [f32]>,
     column_sums: &mut [f32],
 ) -> Vec<f32> {
+    if column_sums.is_empty()
+        && let Some(dh) = E::fused_backward(head, h, rows, dw.as_deref_mut())
+    {
+        return dh;
+    }
     let width = head.width;
     let mut dh = vec![0.0; h.len()];
     let mut tile = vec![0.0; rows.labels.len().min(TILE_ROWS) * head.vocabulary().min(TILE_COLUMNS)];
     let mut copy = vec![E::narrow(0.0); E::copy_len(tile.len())];
     for (chunk, (h, dh)) in h.chunks(TILE_ROWS * width).zip(dh.chunks_mut(TILE_ROWS * width)).enumerate() {
         let (first, count) = (chunk * TILE_ROWS, h.len() / width);
-        for columns in head.tiles() {
+        for columns in head.tiles(TILE_COLUMNS) {
             let tile = &mut tile[..count * columns.len()];
             head.tile(h, columns.clone(), tile);
             let copy = &mut copy[..E::copy_len(tile.len())];
@@ -140,7 +148,13 @@ pub(super) fn backward<E: HeadElement>(
 
 impl RowGrads<'_> {
     /// Turns the logits of `row` for some entries into their gradients.
-    fn logit_grads<E: HeadElement>(&self, row: usize, head: &Head<E>, columns: &Range<usize>, logits: &mut [f32]) {
+    pub(super) fn logit_grads<E: HeadElement>(
+        &self,
+        row: usize,
+        head: &Head<E>,
+        columns: &Range<usize>,
+        logits: &mut [f32],
+    ) {
         let dlogp = self.dlogp[row] * head.inv_temperature;
         let dentropy = self.dentropy.map_or(0.0, |dentropy| dentropy[row] * head.inv_temperature);
         softmax_grads(logits, self.lse[row], self.entropy[row], dlogp, dentropy);
@@ -159,7 +173,7 @@ simd_fn! {
 fn softmax_grads_body<const FMA: bool>(logits: &mut [f32], lse: f32, entropy: f32, dlogp: f32, dentropy: f32) {
     for logit in logits {
         let logp = *logit - lse;
-        *logit = -exp::<FMA>(logp) * fma::<FMA>(dentropy, logp + entropy, dlogp);
+        *logit = -exp_small::<FMA>(logp) * fma::<FMA>(dentropy, logp + entropy, dlogp);
     }
 }
 

@@ -1,8 +1,11 @@
 //! The three products of a head, in the element type of its weights; logits and sums are f32 always.
 
-use half::bf16;
+use ::half::bf16;
 use rayon::prelude::*;
 
+use super::cpu::{Head, RowGrads};
+use super::half;
+use super::row::HeadPartial;
 use crate::element::Element;
 use crate::gemm::{Factor, Gemm, Operand, Output, Product, Right, Start, gemm, multiply};
 use crate::simd::simd_fn;
@@ -26,6 +29,16 @@ pub(super) trait HeadElement: Element {
 
     /// `dh [rows, width] += dl · w`, `dl [rows, n]`, `w [n, width]`.
     fn input_grad(dl: &[Self], w: &[Self], width: usize, dh: &mut [f32]);
+
+    /// The forward in tasks that use logits while they are in cache, where there are rows enough for that.
+    fn fused_forward(_: &Head<Self>, _: &[Self], _: &[u32]) -> Option<Vec<HeadPartial>> {
+        None
+    }
+
+    /// The backward likewise, without the gradient of the bias.
+    fn fused_backward(_: &Head<Self>, _: &[Self], _: &RowGrads, _: Option<&mut [f32]>) -> Option<Vec<f32>> {
+        None
+    }
 }
 
 impl HeadElement for f32 {
@@ -145,6 +158,14 @@ impl HeadElement for bf16 {
             start: Start::Output,
             c: Output::new(dh),
         });
+    }
+
+    fn fused_forward(head: &Head<bf16>, h: &[bf16], labels: &[u32]) -> Option<Vec<HeadPartial>> {
+        (labels.len() >= half::ENOUGH_ROWS).then(|| half::forward(head, h, labels))
+    }
+
+    fn fused_backward(head: &Head<bf16>, h: &[bf16], rows: &RowGrads, dw: Option<&mut [f32]>) -> Option<Vec<f32>> {
+        (rows.labels.len() >= half::ENOUGH_ROWS).then(|| half::backward(head, h, rows, dw))
     }
 }
 

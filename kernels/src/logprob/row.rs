@@ -1,6 +1,6 @@
 //! The log-sum-exp and entropy of one row of logits, in the order that every caller shares.
 
-use crate::math::{LANES, exp, max, sum_lanes};
+use crate::math::{LANES, exp_small, max, sum_lanes};
 use crate::simd::{fma, simd_fn};
 
 /// Entries that are summed together; a vocabulary is cut into shards at multiples of it.
@@ -52,6 +52,9 @@ impl HeadPartial {
 
     /// The same sums relative to `max` instead of the part's own maximum.
     fn rebased(self, max: f32) -> Self {
+        if self.max == max {
+            return self;
+        }
         let shift = f64::from(self.max) - f64::from(max);
         let scale = shift.exp();
         Self { max, sum: scale * self.sum, moment: scale * (self.moment + shift * self.sum), ..self }
@@ -122,14 +125,14 @@ fn block_partial_body<const FMA: bool>(logits: &[f32]) -> HeadPartial {
     for group in groups {
         for lane in 0..LANES {
             let shifted = group[lane] - max;
-            let e = exp::<FMA>(shifted);
+            let e = exp_small::<FMA>(shifted);
             sums[lane] += e;
             moments[lane] = fma::<FMA>(e, shifted, moments[lane]);
         }
     }
     for (lane, &logit) in rest.iter().enumerate() {
         let shifted = logit - max;
-        let e = exp::<FMA>(shifted);
+        let e = exp_small::<FMA>(shifted);
         sums[lane] += e;
         moments[lane] = fma::<FMA>(e, shifted, moments[lane]);
     }

@@ -7,6 +7,7 @@ use super::super::cache::CacheView;
 use super::super::forward::block_range;
 use super::super::layout::padded_pairs;
 use super::forward::Running;
+use super::product::Left;
 use super::vector::{pack_rows, range_mask};
 use super::{AttentionSpec, BLOCK_KEYS, Head, Room, block_len};
 use crate::amx::Tiles;
@@ -75,7 +76,7 @@ fn attend<'a>(
         } else {
             values
         };
-        task.running.attend(&tiles, &task.q, keys, values, &masks, spec.scale);
+        task.running.attend(&tiles, Left { values: &task.q, stride }, keys, values, &masks, spec.scale);
     }
     for (row, o) in o.chunks_exact_mut(head_dim).enumerate() {
         task.running.finish(row, o);

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 use std::array;
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -11,8 +12,8 @@ use super::super::blocks::Block;
 use super::super::forward::block_range;
 use super::super::layout::padded_pairs;
 use super::product::{COLUMNS, Left, Pairs, STEP, product};
-use super::vector::store_rounded;
-use super::vector::{exp2, load, pack_pairs, pack_rows, pack_transposed, range_mask, round_two, store_512};
+use super::vector::{exp2, load, maxima, pack_pairs, pack_rows, pack_transposed, prefetch};
+use super::vector::{range_mask, round_two, store_512, store_rounded};
 use super::{AttentionSpec, BLOCK_KEYS, Head, Room, Shared, block_len};
 use crate::amx::Tiles;
 use crate::math::{LANES, ln};
@@ -49,36 +50,65 @@ impl<const ROWS: usize> Running<ROWS> {
         self.output.fill(0.0);
     }
 
-    /// Attends the rows `q [ROWS, D padded]` to a block of keys, of which row `r` sees the bits of `visible[r]`.
+    /// Attends the rows `q`, of D padded terms, to a block of keys, of which row `r` sees the bits of `visible[r]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub(super) fn attend(
         &mut self,
         tiles: &Tiles,
-        q: &[bf16],
+        q: Left,
         keys: &[bf16],
         values: &[bf16],
         visible: &[u64; ROWS],
         scale: f32,
     ) {
-        let seen = visible.iter().fold(0, |seen, row| seen | row);
-        if seen == 0 {
+        self.score(tiles, q, keys, visible);
+        self.softmax_all(visible, scale);
+        self.add_values(tiles, values, visible);
+    }
+
+    /// The scores of the keys that any row sees.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn score(&mut self, tiles: &Tiles, q: Left, keys: &[bf16], visible: &[u64; ROWS]) {
+        for half in halves(visible) {
+            let keys = Pairs { values: &keys[half * COLUMNS * 2..], stride: BLOCK_KEYS };
+            let steps = self.output.len() / ROWS / STEP;
+            product::<ROWS>(tiles, q, keys, steps, &mut self.scores[half * COLUMNS..], BLOCK_KEYS, false);
+        }
+    }
+
+    /// Turns the scores into probabilities; updates maxima, sums and the scale of the output.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn softmax_all(&mut self, visible: &[u64; ROWS], scale: f32) {
+        let halves = halves(visible);
+        if halves.is_empty() {
             return;
         }
-        // Halves of the block: 32 keys.
-        let (from, to) = (usize::from(seen as u32 == 0), 1 + usize::from(seen >> 32 != 0));
-        let stride = q.len() / ROWS;
-        for half in from..to {
-            let keys = Pairs { values: &keys[half * COLUMNS * 2..], stride: BLOCK_KEYS };
-            let scores = &mut self.scores[half * COLUMNS..];
-            product::<ROWS>(tiles, Left { values: q, stride }, keys, stride / STEP, scores, BLOCK_KEYS, false);
+        if ROWS == LANES {
+            // The heads of one token, mostly fewer than 16.
+            for row in 0..ROWS {
+                self.softmax(row, visible[row], scale * LOG2_E);
+            }
+        } else {
+            for first in (0..ROWS).step_by(LANES) {
+                self.softmax_rows(first, visible, halves.start * 2..halves.end * 2, scale * LOG2_E);
+            }
         }
-        for row in 0..ROWS {
-            self.softmax(row, visible[row], scale * LOG2_E);
+    }
+
+    /// Adds the values of a block times their probabilities.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn add_values(&mut self, tiles: &Tiles, values: &[bf16], visible: &[u64; ROWS]) {
+        let (halves, stride) = (halves(visible), self.output.len() / ROWS);
+        if halves.is_empty() {
+            return;
         }
-        let probabilities = Left { values: &self.probabilities[from * STEP..], stride: BLOCK_KEYS };
+        let probabilities = Left { values: &self.probabilities[halves.start * STEP..], stride: BLOCK_KEYS };
         for column in (0..stride).step_by(COLUMNS) {
-            let values = Pairs { values: &values[(from * STEP / 2 * stride + column) * 2..], stride };
-            product::<ROWS>(tiles, probabilities, values, to - from, &mut self.output[column..], stride, true);
+            let values = Pairs { values: &values[(halves.start * STEP / 2 * stride + column) * 2..], stride };
+            product::<ROWS>(tiles, probabilities, values, halves.len(), &mut self.output[column..], stride, true);
         }
     }
 
@@ -127,7 +157,77 @@ impl<const ROWS: usize> Running<ROWS> {
         }
     }
 
-    /// Writes the output `[D]` of `row`; returns the logarithm of its sum of exponentials.
+    /// Turns scores of 16 rows into `2^(scale · score - maximum)`, hidden keys into 0, rounded; updates maxima and sums.
+    ///
+    /// Only the `vectors` of 16 keys are seen by any row, and only they are written. What is done to a row does not
+    /// depend on the others.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn softmax_rows(&mut self, first: usize, visible: &[u64; ROWS], vectors: Range<usize>, scale: f32) {
+        let all = visible[first..first + LANES].iter().fold(u64::MAX, |all, row| all & row) == u64::MAX;
+        let scores = |row: usize, n: usize| load(&self.scores[(first + row) * BLOCK_KEYS + n * LANES..]);
+        let seen = |row: usize, n: usize| (visible[first + row] >> (n * LANES)) as __mmask16;
+        let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
+        let mut largest = [hidden; LANES];
+        for (row, largest) in largest.iter_mut().enumerate() {
+            for n in vectors.clone() {
+                let score = if all { scores(row, n) } else { _mm512_mask_mov_ps(hidden, seen(row, n), scores(row, n)) };
+                *largest = _mm512_max_ps(*largest, score);
+            }
+        }
+        let largest = _mm512_mul_ps(maxima(largest), _mm512_set1_ps(scale));
+        let old = load(&self.maximum[first..]);
+        let new = _mm512_mask_mov_ps(old, _mm512_cmp_ps_mask::<_CMP_GT_OQ>(largest, old), largest);
+        // All scores -inf: any finite number will do.
+        let base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(new, hidden), new);
+        let rescale = exp2(_mm512_sub_ps(old, base));
+        // No output yet, or the same maximum.
+        let same = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(rescale, _mm512_set1_ps(1.0));
+        let rescales_output = same | _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(old, hidden) != u16::MAX;
+        let mut rows = [[0f32; LANES]; 2];
+        store_512(&mut rows[0], _mm512_castps_si512(_mm512_sub_ps(_mm512_set1_ps(-0.0), base)));
+        store_512(&mut rows[1], _mm512_castps_si512(rescale));
+        store_512(&mut self.maximum[first..], _mm512_castps_si512(new));
+        let scale = _mm512_set1_ps(scale);
+        let stride = self.output.len() / ROWS;
+        for row in 0..LANES {
+            let (minus_base, rescale) = (_mm512_set1_ps(rows[0][row]), _mm512_set1_ps(rows[1][row]));
+            let mut sum = _mm512_setzero_ps();
+            for n in vectors.clone().step_by(2) {
+                let mut p = [_mm512_setzero_ps(); 2];
+                for (n, p) in (n..).zip(&mut p) {
+                    *p = exp2(_mm512_fmadd_ps(
+                        load(&self.scores[(first + row) * BLOCK_KEYS + n * LANES..]),
+                        scale,
+                        minus_base,
+                    ));
+                    if !all {
+                        *p = _mm512_maskz_mov_ps((visible[first + row] >> (n * LANES)) as __mmask16, *p);
+                    }
+                    sum = _mm512_add_ps(sum, *p);
+                }
+                let at = (first + row) * BLOCK_KEYS + n * LANES;
+                store_512(&mut self.probabilities[at..], round_two(p[0], p[1]));
+            }
+            let sums = &mut self.sums[(first + row) * LANES..][..LANES];
+            let total = _mm512_fmadd_ps(load(sums), rescale, sum);
+            store_512(sums, _mm512_castps_si512(total));
+            if rescales_output {
+                for output in self.output[(first + row) * stride..][..stride].chunks_exact_mut(LANES) {
+                    let scaled = _mm512_mul_ps(load(output), rescale);
+                    store_512(output, _mm512_castps_si512(scaled));
+                }
+            }
+        }
+    }
+
+    /// Logarithms of the sums of exponentials of rows whose sums are these.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn logarithms(&self, sums: [f32; ROWS]) -> [f32; ROWS] {
+        array::from_fn(|row| self.maximum[row] * LN_2 + ln::<true>(sums[row]))
+    }
+
+    /// Writes the output `[D]` of `row`; returns its sum of exponentials.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub(super) fn finish(&self, row: usize, o: &mut [bf16]) -> f32 {
         let sum = _mm512_reduce_add_ps(load(&self.sums[row * LANES..]));
@@ -138,8 +238,14 @@ impl<const ROWS: usize> Running<ROWS> {
             let value = _mm512_add_ps(_mm512_div_ps(load(output), _mm512_set1_ps(sum)), _mm512_setzero_ps());
             store_rounded(o, value);
         }
-        self.maximum[row] * LN_2 + ln::<true>(sum)
+        sum
     }
+}
+
+/// The halves of a block, of 32 keys, in which any row sees a key.
+fn halves(visible: &[u64]) -> Range<usize> {
+    let seen = visible.iter().fold(0, |seen, row| seen | row);
+    if seen == 0 { 0..0 } else { usize::from(seen as u32 == 0)..1 + usize::from(seen >> 32 != 0) }
 }
 
 /// Attention of all blocks; writes `o [T, H D]` and `lse [T, H]`.
@@ -152,6 +258,10 @@ pub(in super::super) fn forward(qkv: &[bf16], blocks: &[Block], spec: &Attention
     let (mut keys, mut values) = (Room::new(blocks.len() * kv_heads * len), Room::new(blocks.len() * kv_heads * len));
     keys.par_chunks_mut(len).zip(values.par_chunks_mut(len)).enumerate().for_each(|(n, (keys, values))| {
         let (block, kv_head) = (&blocks[n / kv_heads], n % kv_heads);
+        if let Some(next) = blocks.get((n + 1) / kv_heads) {
+            prefetch(head(next, heads + (n + 1) % kv_heads));
+            prefetch(head(next, heads + kv_heads + (n + 1) % kv_heads));
+        }
         // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
         unsafe {
             pack_transposed(head(block, heads + kv_head), keys);
@@ -160,58 +270,90 @@ pub(in super::super) fn forward(qkv: &[bf16], blocks: &[Block], spec: &Attention
     });
     let (o, lse) = (Shared::new(o), Shared::new(lse));
     (0..blocks.len() * heads).into_par_iter().for_each_init(
-        || (Room::new(len), Running::<32>::new(spec)),
+        || (Room::new(len), [(); BLOCK_KEYS / 32].map(|()| Running::<32>::new(spec))),
         |(q, running), n| {
             let (block, number) = (&blocks[n / heads], n % heads);
             let packed = |n: usize| {
                 let start = ((block.first + n) * kv_heads + number / spec.group()) * len;
                 (&keys[start..start + len], &values[start..start + len])
             };
-            // SAFETY: as above.
-            unsafe { pack_rows(head(block, number), q) };
-            for first in (0..block.rows).step_by(32) {
-                let rows = (block.rows - first).min(32);
-                let q = &q[first * len / BLOCK_KEYS..][..32 * len / BLOCK_KEYS];
+            let source = head(block, number);
+            if let Some(next) = blocks.get((n + 1) / heads) {
+                prefetch(head(next, (n + 1) % heads));
+            }
+            let width = spec.output_width();
+            o.prefetch(block.start() * width + number * head_dim, (block.rows, head_dim), width);
+            let q = if source.lies_in_tiles() {
+                Left { values: &source.source[source.column..], stride: source.width }
+            } else {
                 // SAFETY: as above.
-                unsafe { attend_rows(q, block, first, rows, packed, spec, running) };
-                for row in 0..rows {
-                    let token = block.start() + first + row;
+                unsafe { pack_rows(source, q) };
+                Left { values: q, stride: len / BLOCK_KEYS }
+            };
+            let running = &mut running[..block.rows.div_ceil(32)];
+            // SAFETY: as above.
+            unsafe { attend_rows(q, block, packed, spec, running) };
+            for (part, running) in running.iter().enumerate() {
+                let token = |row: usize| block.start() + 32 * part + row;
+                let rows = (block.rows - 32 * part).min(32);
+                let mut sums = [1.0; 32];
+                for (row, sum) in sums.iter_mut().enumerate().take(rows) {
                     // SAFETY: no other task has this token and head; the path as above.
                     unsafe {
-                        let o = o.part(token * spec.output_width() + number * head_dim, head_dim);
-                        lse.part(token * heads + number, 1)[0] = running.finish(row, o);
+                        let o = o.part(token(row) * width + number * head_dim, head_dim);
+                        *sum = running.finish(row, o);
                     }
+                }
+                // SAFETY: as above.
+                let logarithms = unsafe { running.logarithms(sums) };
+                for (row, value) in logarithms.into_iter().enumerate().take(rows) {
+                    // SAFETY: as above.
+                    unsafe { lse.part(token(row) * heads + number, 1)[0] = value };
                 }
             }
         },
     );
 }
 
-/// Attends `rows` (at most 32) rows of a block, from its row `first` on, to all keys that they see.
+/// Attends the rows of a block, 32 in each of `running`, to all keys that they see.
+///
+/// Both halves take each stage one after the other: tiles cannot load what has just been stored without waiting for it.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn attend_rows<'a>(
-    q: &[bf16],
+    q: Left,
     block: &Block,
-    first: usize,
-    rows: usize,
     packed: impl Fn(usize) -> (&'a [bf16], &'a [bf16]),
     spec: &AttentionSpec,
-    running: &mut Running<32>,
+    running: &mut [Running<32>],
 ) {
     let Some(tiles) = Tiles::new() else { unreachable!("the path of tiles without tiles") };
-    let visible = |row: usize| spec.visible(block.position + first + row, block.len);
-    let (from, to) = (visible(0).0, visible(rows - 1).1);
-    running.start();
+    let visible = |row: usize| spec.visible(block.position + row, block.len);
+    let (from, to) = (visible(0).0, visible(block.rows - 1).1);
+    running.iter_mut().for_each(Running::start);
+    let mut masks = [[0; 32]; BLOCK_KEYS / 32];
     for n in from / BLOCK_KEYS..to.div_ceil(BLOCK_KEYS) {
-        let masks = array::from_fn(|row| {
-            if row >= rows {
-                return 0;
-            }
-            let (start, end) = visible(row);
-            let (from, to) = block_range(start, end, n * BLOCK_KEYS);
-            range_mask(from, to)
-        });
+        let sees_all = visible(block.rows - 1).0 <= n * BLOCK_KEYS && visible(0).1 >= (n + 1) * BLOCK_KEYS;
+        for (row, mask) in masks.as_flattened_mut().iter_mut().enumerate() {
+            *mask = if row >= block.rows {
+                0
+            } else if sees_all {
+                u64::MAX
+            } else {
+                let (start, end) = visible(row);
+                let (from, to) = block_range(start, end, n * BLOCK_KEYS);
+                range_mask(from, to)
+            };
+        }
         let (keys, values) = packed(n);
-        running.attend(&tiles, q, keys, values, &masks, spec.scale);
+        for (part, (running, masks)) in running.iter_mut().zip(&masks).enumerate() {
+            let q = Left { values: &q.values[32 * part * q.stride..], stride: q.stride };
+            running.score(&tiles, q, keys, masks);
+        }
+        for (running, masks) in running.iter_mut().zip(&masks) {
+            running.softmax_all(masks, spec.scale);
+        }
+        for (running, masks) in running.iter_mut().zip(&masks) {
+            running.add_values(&tiles, values, masks);
+        }
     }
 }

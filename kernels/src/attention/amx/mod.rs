@@ -22,6 +22,7 @@ use half::bf16;
 
 use super::layout::padded_pairs;
 use super::{AttentionSpec, BLOCK_KEYS};
+use crate::amx::prefetch_for_writing;
 
 /// Elements of one head's block in any of its layouts.
 fn block_len(spec: &AttentionSpec) -> usize {
@@ -43,6 +44,12 @@ struct Head<'a> {
 impl<'a> Head<'a> {
     fn rows(&self) -> usize {
         self.source.len() / self.width
+    }
+
+    /// Whether tiles can load its rows where they lie: whole tiles of them, none across cache lines.
+    fn lies_in_tiles(&self) -> bool {
+        let whole = self.rows().is_multiple_of(32) && self.head_dim.is_multiple_of(32);
+        whole && self.width.is_multiple_of(32) && self.source[self.column..].as_ptr().addr().is_multiple_of(64)
     }
 
     fn row(&self, row: usize) -> &'a [bf16] {
@@ -105,6 +112,13 @@ unsafe impl<T: Send> Sync for Shared<'_, T> {}
 impl<'a, T> Shared<'a, T> {
     fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), slice: std::marker::PhantomData }
+    }
+
+    /// Asks for the `columns` elements from `from` on and those of the rows below, `stride` apart, in order to write them.
+    fn prefetch(&self, from: usize, (rows, columns): (usize, usize), stride: usize) {
+        let (start, size) = (self.start.wrapping_add(from), size_of::<T>());
+        // SAFETY: only processors with tiles come here.
+        unsafe { prefetch_for_writing(start, rows, columns * size, stride * size) };
     }
 
     /// The `len` elements from `from` on.

@@ -118,6 +118,22 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     columns
 }
 
+/// The largest number of each of 16 vectors.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn maxima(rows: [__m512; 16]) -> __m512 {
+    // Four rows at a time, one in each number of a lane of four; then the lanes.
+    let mut fours = [_mm512_setzero_ps(); 4];
+    for (four, rows) in fours.iter_mut().zip(rows.as_chunks::<4>().0) {
+        let two = |a, b| _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let (low, high) = (_mm512_castps_pd(two(rows[0], rows[1])), _mm512_castps_pd(two(rows[2], rows[3])));
+        let (even, odd) = (_mm512_unpacklo_pd(low, high), _mm512_unpackhi_pd(low, high));
+        *four = _mm512_max_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd));
+    }
+    let lanes = |a, b| _mm512_max_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+    lanes(lanes(fours[0], fours[1]), lanes(fours[2], fours[3]))
+}
+
 /// A head's rows as `[64, D padded]`, zero beyond the last.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn pack_rows(head: Head, out: &mut [bf16]) {

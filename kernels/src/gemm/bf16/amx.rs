@@ -2,36 +2,93 @@
 
 use std::arch::asm;
 
+use half::bf16;
+
 use super::pack::Tile;
 use super::tile::Sums;
+
+/// Rows of A as tile loads find them; distances in bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    /// Row 0, first term.
+    pub(super) start: *const bf16,
+    /// From a row to the next, among 16.
+    pub(super) stride: usize,
+    /// From row 0 to row 16.
+    pub(super) half: usize,
+    /// From a step of 32 terms to the next.
+    pub(super) step: usize,
+}
+
+impl Lines {
+    /// Those of a panel.
+    pub(super) fn packed(panel: &[Tile]) -> Self {
+        Self { start: panel.as_ptr().cast(), stride: 64, half: size_of::<Tile>(), step: 2 * size_of::<Tile>() }
+    }
+
+    /// Those of a matrix whose rows are `stride` numbers apart.
+    pub(super) fn in_place(start: *const bf16, stride: usize) -> Self {
+        Self { start, stride: 2 * stride, half: 32 * stride, step: 64 }
+    }
+}
+
+/// Lines that the sums will go to, asked for while the products run: a store that misses would hold up the next tile's.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Row 0.
+    pub(super) start: *const u8,
+    /// From a row to the next, in bytes.
+    pub(super) stride: usize,
+}
 
 /// `sums = A·B` over whole steps of 32 terms, 32 × 32, or its first 16 rows if `rows` is no more.
 ///
 /// # Safety
-/// This thread must hold [`Tiles`](crate::amx::Tiles).
-pub(super) unsafe fn multiply(rows: usize, a: &[Tile], b: &[Tile], sums: &mut Sums) {
-    let steps = a.len() / 2;
-    assert!(steps > 0 && b.len() == a.len());
-    // SAFETY: each step reads two tiles of A and of B, whose number was just checked; `sums` holds 32 rows of 128 bytes.
+/// This thread must hold [`Tiles`](crate::amx::Tiles), and `a` have 32 rows, or 16 if `rows` is no more, of as many terms
+/// as `b`.
+pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums, ahead: Ahead) {
+    /// Steps that ask for lines, four each: all at once would wait for one another.
+    const ASKING: usize = 8;
+    let steps = b.len() / 2;
+    assert!(steps > 0 && b.len().is_multiple_of(2));
+    // SAFETY: each step reads two tiles of A, which the caller vouches for, and of B; `sums` holds 32 rows of 128 bytes.
     unsafe {
         if rows > 16 {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{a} + {line}*1]",
+                "tileloadd tmm4, [{a} + {stride}*1]",
                 "tileloadd tmm6, [{b} + {line}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{b} + {line}*1 + 1024]",
+                "tileloadd tmm5, [{second} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a} + {line}*1 + 1024]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a}, 2048", "add {b}, 2048", "dec {steps}", "jnz 2b",
+                "prefetchw [{ahead}]", "prefetchw [{ahead} + {pace}]", "lea {ahead}, [{ahead} + 2*{pace}]",
+                "prefetchw [{ahead}]", "prefetchw [{ahead} + {pace}]", "lea {ahead}, [{ahead} + 2*{pace}]",
+                "add {a}, {step}", "add {second}, {step}", "add {b}, 2048", "dec {asking}", "jnz 2b",
+                "test {steps}, {steps}", "jz 4f",
+                "3:",
+                "tileloadd tmm4, [{a} + {stride}*1]",
+                "tileloadd tmm6, [{b} + {line}*1]",
+                "tileloadd tmm7, [{b} + {line}*1 + 1024]",
+                "tileloadd tmm5, [{second} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a}, {step}", "add {second}, {step}", "add {b}, 2048", "dec {steps}", "jnz 3b",
+                "4:",
                 "tilestored [{c} + {pitch}*1], tmm0",
                 "tilestored [{c} + {pitch}*1 + 64], tmm1",
                 "tilestored [{c} + {pitch}*1 + 2048], tmm2",
                 "tilestored [{c} + {pitch}*1 + 2112], tmm3",
-                a = inout(reg) a.as_ptr() => _, b = inout(reg) b.as_ptr() => _, steps = inout(reg) steps => _,
+                a = inout(reg) a.start => _, second = inout(reg) a.start.byte_add(a.half) => _,
+                b = inout(reg) b.as_ptr() => _,
+                asking = inout(reg) steps.min(ASKING) => _, steps = inout(reg) steps.saturating_sub(ASKING) => _,
+                ahead = inout(reg) ahead.start => _, pace = in(reg) ahead.stride,
+                stride = in(reg) a.stride, step = in(reg) a.step,
                 c = in(reg) sums.0.as_mut_ptr(), line = in(reg) 64usize, pitch = in(reg) 128usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -41,15 +98,16 @@ pub(super) unsafe fn multiply(rows: usize, a: &[Tile], b: &[Tile], sums: &mut Su
             asm!(
                 "tilezero tmm0", "tilezero tmm1",
                 "2:",
-                "tileloadd tmm4, [{a} + {line}*1]",
+                "tileloadd tmm4, [{a} + {stride}*1]",
                 "tileloadd tmm6, [{b} + {line}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{b} + {line}*1 + 1024]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "add {a}, 2048", "add {b}, 2048", "dec {steps}", "jnz 2b",
+                "add {a}, {step}", "add {b}, 2048", "dec {steps}", "jnz 2b",
                 "tilestored [{c} + {pitch}*1], tmm0",
                 "tilestored [{c} + {pitch}*1 + 64], tmm1",
-                a = inout(reg) a.as_ptr() => _, b = inout(reg) b.as_ptr() => _, steps = inout(reg) steps => _,
+                a = inout(reg) a.start => _, b = inout(reg) b.as_ptr() => _, steps = inout(reg) steps => _,
+                stride = in(reg) a.stride, step = in(reg) a.step,
                 c = in(reg) sums.0.as_mut_ptr(), line = in(reg) 64usize, pitch = in(reg) 128usize,
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),

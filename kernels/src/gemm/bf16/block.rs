@@ -3,9 +3,10 @@
 use std::cell::Cell;
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
-use super::pack::{LINES, Operand, STEP, Side, Tile, pack_panel, panel_tiles};
+use super::pack::{LINES, Operand, STEP, Side, Tile, pack_lines, pack_panel, panel_tiles};
 use super::tile::{self, Base, Stored, Sums};
 use super::{Bf16Path, K_BLOCK_BF16, PackedOperand};
 use crate::gemm::Output;
@@ -87,15 +88,18 @@ fn with_buffer<R>(
 /// Packs columns of B, `[k, n]`, over `ks`: the panels one after the other, by all threads.
 pub(super) fn pack_panels(from: &Operand, columns: Range<usize>, ks: Range<usize>, tiles: &mut [Tile]) {
     let panel_len = panel_tiles(ks.len());
-    let pack = |(index, panel): (usize, &mut [Tile])| {
-        let first = columns.start + index * LINES;
-        pack_panel(Side::Right, from, first..columns.end.min(first + LINES), ks.clone(), panel);
+    let panels = tiles.len().div_ceil(panel_len);
+    let tasks = if tiles.len() * 512 * 16 < SERIAL_BELOW { 1 } else { 4 * rayon::current_num_threads() };
+    let per_task = panels.div_ceil(tasks);
+    let pack = |(index, tiles): (usize, &mut [Tile])| {
+        let first = columns.start + index * per_task * LINES;
+        let lines = first..columns.end.min(first + per_task * LINES);
+        pack_lines(Side::Right, from, lines, ks.clone(), tiles);
     };
-    if tiles.len() * 512 * 16 < SERIAL_BELOW {
-        tiles.chunks_mut(panel_len).enumerate().for_each(pack);
+    if tasks == 1 {
+        pack((0, tiles));
     } else {
-        let per_task = tiles.len().div_ceil(panel_len).div_ceil(4 * rayon::current_num_threads());
-        tiles.par_chunks_mut(panel_len).enumerate().with_min_len(per_task).for_each(pack);
+        tiles.par_chunks_mut(per_task * panel_len).enumerate().for_each(pack);
     }
 }
 
@@ -211,17 +215,70 @@ fn all_rows<E: Stored>(p: &Product<'_, E>, part: &Part, b: &[Tile]) {
     let tasks = panels.div_ceil(most).max(2 * threads).next_multiple_of(threads);
     let per_task = panels.div_ceil(tasks) * LINES;
     run(p.m.div_ceil(per_task), p.m * part.columns.len() * part.ks.len(), |task| {
-        let rows = task * per_task..p.m.min((task + 1) * per_task);
-        with_buffer(&OWN, rows.len().div_ceil(LINES) * panel_len, |a| {
-            for (row, panel) in rows.clone().step_by(LINES).zip(a.chunks_mut(panel_len)) {
-                pack_panel(Side::Left, &p.a, row..rows.end.min(row + LINES), part.ks.clone(), panel);
-            }
-            let mut block = Block::new();
-            for (column, b) in part.columns.clone().step_by(LINES).zip(b.chunks(panel_len)) {
-                block.rows(p, part, a, rows.clone(), b, column..part.columns.end.min(column + LINES));
-            }
-        });
+        some_rows(p, part, task * per_task..p.m.min((task + 1) * per_task), b);
     });
+}
+
+/// The product with a right operand that was packed before, on this thread alone.
+///
+/// # Panics
+/// As [`multiply`].
+pub(crate) fn multiply_here<E: Stored>(p: Product<'_, E>) {
+    if p.m == 0 || p.n == 0 {
+        return;
+    }
+    assert!(p.c.len() == p.m * p.n, "bf16 product: length of C");
+    let Factor::Packed(b) = p.b else { panic!("bf16 product: right operand that is not packed") };
+    assert!(p.k > 0 && b.columns == p.n && b.terms == p.k, "bf16 product: shape of the packed operand");
+    p.a.check(p.m, p.k);
+    let part = Part { columns: 0..p.n, ks: 0..p.k, start: p.start };
+    some_rows(&p, &part, 0..p.m, &b.tiles);
+}
+
+/// Some rows times the packed columns of a part.
+fn some_rows<E: Stored>(p: &Product<'_, E>, part: &Part, rows: Range<usize>, b: &[Tile]) {
+    let panel_len = panel_tiles(part.ks.len());
+    let mut block = Block::new();
+    // Half a panel can be read where it lies too.
+    let direct = match block.path {
+        Bf16Path::Amx if p.a.lies_in_tiles(rows.start, &part.ks) => rows.len() / 16 * 16,
+        _ => 0,
+    };
+    let (direct, rest) = (rows.start..rows.start + direct, rows.start + direct..rows.end);
+    with_buffer(&OWN, rest.len().div_ceil(LINES) * panel_len, |a| {
+        if !rest.is_empty() {
+            pack_lines(Side::Left, &p.a, rest.clone(), part.ks.clone(), a);
+        }
+        for (column, b) in part.columns.clone().step_by(LINES).zip(b.chunks(panel_len)) {
+            let columns = column..part.columns.end.min(column + LINES);
+            for row in direct.clone().step_by(LINES) {
+                let a = Left::InPlace(p.a.line(row, part.ks.start), p.a.stride());
+                block.tile(p, part, a, row..direct.end.min(row + LINES), b, columns.clone());
+            }
+            if !rest.is_empty() {
+                block.rows(p, part, a, rest.clone(), b, columns);
+            }
+        }
+    });
+}
+
+/// 32 rows of A, or fewer.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    /// A panel.
+    Packed(&'a [Tile]),
+    /// Where they lie, for the tiles: 16 or 32 rows, so many elements apart.
+    InPlace(&'a [bf16], usize),
+}
+
+impl<'a> Left<'a> {
+    /// Some terms, as many as `tiles` tiles of a panel hold, from tile `from` on.
+    fn terms(self, from: usize, tiles: usize) -> Self {
+        match self {
+            Left::Packed(panel) => Left::Packed(&panel[from..from + tiles]),
+            Left::InPlace(rows, stride) => Left::InPlace(&rows[from / 2 * STEP..], stride),
+        }
+    }
 }
 
 /// What one task needs to compute tiles.
@@ -256,7 +313,7 @@ impl Block {
         columns: Range<usize>,
     ) {
         for (row, a) in rows.clone().step_by(LINES).zip(a.chunks(b.len())) {
-            self.tile(p, part, a, row..rows.end.min(row + LINES), b, columns.clone());
+            self.tile(p, part, Left::Packed(a), row..rows.end.min(row + LINES), b, columns.clone());
         }
     }
 
@@ -264,7 +321,7 @@ impl Block {
         &mut self,
         p: &Product<'_, E>,
         part: &Part,
-        a: &[Tile],
+        a: Left<'_>,
         rows: Range<usize>,
         b: &[Tile],
         columns: Range<usize>,
@@ -279,9 +336,12 @@ impl Block {
             Start::Bias(bias) => Some(Base { start: bias[columns.clone()].as_ptr(), stride: 0 }),
             Start::Output => Some(Base { start: c.cast_const().cast(), stride: p.n }),
         };
-        let (blocks, last) = (a.chunks(TILES).zip(b.chunks(TILES)), a.len().div_ceil(TILES) - 1);
-        for (index, (a, b)) in blocks.enumerate() {
-            self.multiply(rows.len(), a, b);
+        let last = b.len().div_ceil(TILES) - 1;
+        for (index, b) in b.chunks(TILES).enumerate() {
+            // Asked for once; then a place that is there anyway.
+            let sums = std::ptr::from_ref(&self.sums).cast::<u8>();
+            let ahead = if index == 0 { (c.cast_const().cast(), p.n * size_of::<E>()) } else { (sums, 0) };
+            self.multiply(rows.len(), a.terms(index * TILES, b.len()), b, ahead);
             if index > 0 && index < last {
                 tile::add(&mut self.totals, &self.sums);
                 continue;
@@ -301,11 +361,31 @@ impl Block {
         }
     }
 
-    fn multiply(&mut self, rows: usize, a: &[Tile], b: &[Tile]) {
-        match self.path {
-            // SAFETY: the path is AMX, so `new` has configured the tiles.
+    /// `sums = A·B`; the rows at `_ahead`, so many bytes apart, are asked for meanwhile.
+    fn multiply(&mut self, rows: usize, a: Left<'_>, b: &[Tile], _ahead: (*const u8, usize)) {
+        #[cfg(target_arch = "x86_64")]
+        let ahead = super::amx::Ahead { start: _ahead.0, stride: _ahead.1 };
+        let a = match a {
+            Left::Packed(a) => {
+                assert!(a.len() == b.len());
+                a
+            }
             #[cfg(target_arch = "x86_64")]
-            Bf16Path::Amx => unsafe { super::amx::multiply(rows, a, b, &mut self.sums) },
+            Left::InPlace(a, stride) if self.path == Bf16Path::Amx => {
+                let (lines, terms) = (rows.next_multiple_of(16), b.len() / 2 * STEP);
+                assert!(a.len() >= (lines - 1) * stride + terms);
+                let a = super::amx::Lines::in_place(a.as_ptr(), stride);
+                // SAFETY: the path is AMX, so `new` has configured the tiles; the rows and terms were just checked.
+                return unsafe { super::amx::multiply(rows, a, b, &mut self.sums, ahead) };
+            }
+            Left::InPlace(..) => unreachable!("only tiles read rows where they lie"),
+        };
+        match self.path {
+            // SAFETY: the path is AMX, so `new` has configured the tiles; a panel has 32 rows.
+            #[cfg(target_arch = "x86_64")]
+            Bf16Path::Amx => unsafe {
+                super::amx::multiply(rows, super::amx::Lines::packed(a), b, &mut self.sums, ahead)
+            },
             // SAFETY: the path is active only where AVX-512-bf16 exists.
             #[cfg(target_arch = "x86_64")]
             Bf16Path::Dot => unsafe { tile::dot(rows, a, b, &mut self.sums) },

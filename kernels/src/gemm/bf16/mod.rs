@@ -6,8 +6,8 @@
 //! before enters the order of arithmetic.
 //!
 //! Both operands are packed into panels of 32 rows or columns. B is packed whole, by all threads, and shared; then each
-//! task packs some rows of A and multiplies them with every panel of B. A few rows are packed first and shared, and
-//! the tasks are panels of B.
+//! task packs some rows of A, unless tiles can load them where they lie, and multiplies them with every panel of B. A few
+//! rows are packed first and shared, and the tasks are panels of B.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -20,9 +20,9 @@ use half::bf16;
 
 pub use path::Bf16Path;
 
-pub(crate) use block::{Factor, Product, Start, multiply};
+pub(crate) use block::{Factor, Product, Start, multiply, multiply_here};
 pub(crate) use pack::Operand;
-pub(crate) use tile::Stored;
+pub(crate) use tile::{Stored, narrow_row};
 
 use pack::{LINES, Tile, panel_tiles};
 
@@ -40,15 +40,24 @@ pub(crate) struct PackedOperand {
 }
 
 impl PackedOperand {
+    /// Nothing yet; see [`PackedOperand::fill`].
+    pub(crate) const EMPTY: Self = Self { tiles: Vec::new(), columns: 0, terms: 0 };
+
     /// Packs the transpose of a weight `[n, k]`.
     pub(crate) fn new(weight: &[bf16], n: usize, k: usize) -> Self {
-        let mut tiles = vec![Tile::ZERO; n.div_ceil(LINES) * panel_tiles(k)];
+        let mut packed = Self::EMPTY;
+        packed.fill(&Operand::along_k(weight, k), n, k);
+        packed
+    }
+
+    /// Packs `n` columns of `k` terms in the memory of what was packed before.
+    pub(crate) fn fill(&mut self, operand: &Operand<'_>, n: usize, k: usize) {
+        self.tiles.resize(n.div_ceil(LINES) * panel_tiles(k), Tile::ZERO);
+        (self.columns, self.terms) = (n, k);
         if n > 0 && k > 0 {
-            let operand = Operand::along_k(weight, k);
             operand.check(n, k);
-            block::pack_panels(&operand, 0..n, 0..k, &mut tiles);
+            block::pack_panels(operand, 0..n, 0..k, &mut self.tiles);
         }
-        Self { tiles, columns: n, terms: k }
     }
 
     pub(crate) fn size_bytes(&self) -> usize {

@@ -57,8 +57,19 @@ impl<'a> Operand<'a> {
         );
     }
 
+    /// Whether tiles can load rows from `line` on where they lie: no row of a tile straddles cache lines or ends early.
+    pub(super) fn lies_in_tiles(&self, line: usize, ks: &Range<usize>) -> bool {
+        let aligned = self.line(line, ks.start).as_ptr().addr().is_multiple_of(64);
+        self.along_k && self.stride.is_multiple_of(STEP) && ks.len().is_multiple_of(STEP) && aligned
+    }
+
+    /// Distance of lines, or of terms.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// From element (`line`, `k`) on.
-    fn from(&self, line: usize, k: usize) -> &'a [bf16] {
+    pub(super) fn line(&self, line: usize, k: usize) -> &'a [bf16] {
         let at = if self.along_k { line * self.stride + k } else { k * self.stride + line };
         &self.values[at..]
     }
@@ -73,24 +84,47 @@ pub(super) enum Side {
     Right,
 }
 
+/// Packs lines over `ks` into panels, one after the other.
+pub(super) fn pack_lines(side: Side, from: &Operand, lines: Range<usize>, ks: Range<usize>, panels: &mut [Tile]) {
+    let panel_len = panel_tiles(ks.len());
+    if from.along_k {
+        for (line, panel) in lines.clone().step_by(LINES).zip(panels.chunks_mut(panel_len)) {
+            pack_panel(side, from, line..lines.end.min(line + LINES), ks.clone(), panel);
+        }
+    } else {
+        // Terms are far apart: all that is wanted of some before the next.
+        for step in 0..panel_len / 2 {
+            for (line, panel) in lines.clone().step_by(LINES).zip(panels.chunks_mut(panel_len)) {
+                pack_step(side, from, line..lines.end.min(line + LINES), &ks, step, panel);
+            }
+        }
+    }
+}
+
 /// Packs at most 32 lines over `ks` into a panel of [`panel_tiles`] tiles.
 pub(super) fn pack_panel(side: Side, from: &Operand, lines: Range<usize>, ks: Range<usize>, panel: &mut [Tile]) {
     debug_assert!(lines.len() <= LINES && panel.len() == panel_tiles(ks.len()));
-    for (step, tiles) in panel.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-        let k = ks.start + step * STEP;
-        let terms = STEP.min(ks.end - k);
-        let source = from.from(lines.start, k);
-        let (outer, inner) = if from.along_k { (lines.len(), terms) } else { (terms, lines.len()) };
-        // The vector code reads exactly these elements: its loads are masked.
-        assert!(source.len() >= (outer - 1) * from.stride + inner);
-        #[cfg(target_arch = "x86_64")]
-        if Isa::active() >= Isa::Avx512 {
-            // SAFETY: AVX-512 F and BW are active, and the elements exist.
-            unsafe { vector::pack(side, source, from.along_k, from.stride, lines.len(), terms, tiles) };
-            continue;
-        }
-        pack_scalar(side, source, from, lines.len(), terms, tiles);
+    for step in 0..panel.len() / 2 {
+        pack_step(side, from, lines.clone(), &ks, step, panel);
     }
+}
+
+/// Packs one step of a panel.
+fn pack_step(side: Side, from: &Operand, lines: Range<usize>, ks: &Range<usize>, step: usize, panel: &mut [Tile]) {
+    let Some(tiles) = panel[2 * step..].first_chunk_mut::<2>() else { unreachable!("a panel of fewer steps") };
+    let k = ks.start + step * STEP;
+    let terms = STEP.min(ks.end - k);
+    let source = from.line(lines.start, k);
+    let (outer, inner) = if from.along_k { (lines.len(), terms) } else { (terms, lines.len()) };
+    // The vector code reads exactly these elements: its loads are masked.
+    assert!(source.len() >= (outer - 1) * from.stride + inner);
+    #[cfg(target_arch = "x86_64")]
+    if Isa::active() >= Isa::Avx512 {
+        // SAFETY: AVX-512 F and BW are active, and the elements exist.
+        unsafe { vector::pack(side, source, from.along_k, from.stride, lines.len(), terms, tiles) };
+        return;
+    }
+    pack_scalar(side, source, from, lines.len(), terms, tiles);
 }
 
 fn pack_scalar(side: Side, source: &[bf16], from: &Operand, lines: usize, terms: usize, tiles: &mut [Tile; 2]) {

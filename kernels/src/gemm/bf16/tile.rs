@@ -155,6 +155,40 @@ impl Stored for bf16 {
     }
 }
 
+simd_fn! { fn narrow_row_any(from: &[f32], to: &mut [bf16]) = narrow_row_body; }
+
+#[inline(always)]
+fn narrow_row_body<const FMA: bool>(from: &[f32], to: &mut [bf16]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = bf16::narrow(*from);
+    }
+}
+
+/// Rounds numbers that a product will read; where its path takes subnormal numbers as zero, they may become so here.
+pub(crate) fn narrow_row(from: &[f32], to: &mut [bf16]) {
+    assert!(from.len() == to.len());
+    #[cfg(target_arch = "x86_64")]
+    if Bf16Path::active() != Bf16Path::Widen {
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        fn lines(from: &[f32], to: &mut [bf16]) {
+            use std::arch::x86_64::_mm512_maskz_loadu_ps;
+            for (from, to) in from.chunks(LINES).zip(to.chunks_mut(LINES)) {
+                let lanes = u32::MAX >> (LINES - from.len());
+                let mask = [lanes as u16, (lanes >> 16) as u16];
+                // SAFETY: the masks name the elements of both chunks.
+                unsafe {
+                    let low = _mm512_maskz_loadu_ps(mask[0], from.as_ptr());
+                    let high = _mm512_maskz_loadu_ps(mask[1], from.as_ptr().wrapping_add(16));
+                    bf16::store_line(to.as_mut_ptr(), [low, high], mask);
+                }
+            }
+        }
+        // SAFETY: these paths are chosen only where AVX-512-bf16 exists.
+        return unsafe { lines(from, to) };
+    }
+    narrow_row_any(from, to);
+}
+
 /// Stores the valid part of a tile, added to `base` if there is one, rounded once.
 ///
 /// # Safety
