@@ -24,11 +24,11 @@ pub(super) struct Running<const ROWS: usize> {
     /// Sum of `2^(score - maximum)` by lanes, `[ROWS, 16]`.
     sums: Room<f32>,
     /// Unnormalised output, `[ROWS, D padded]`.
-    output: Room<f32>,
+    pub(super) output: Room<f32>,
     /// `[ROWS, 64]`.
-    scores: Room<f32>,
+    pub(super) scores: Room<f32>,
     /// `[ROWS, 64]`.
-    probabilities: Room<bf16>,
+    pub(super) probabilities: Room<bf16>,
 }
 
 impl<const ROWS: usize> Running<ROWS> {
@@ -85,7 +85,7 @@ impl<const ROWS: usize> Running<ROWS> {
     /// Turns a row of scores into `2^(scale · score - maximum)`, hidden keys into 0, rounded; updates maximum and sum.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn softmax(&mut self, row: usize, visible: u64, scale: f32) {
+    pub(super) fn softmax(&mut self, row: usize, visible: u64, scale: f32) {
         let probabilities = &mut self.probabilities[row * BLOCK_KEYS..][..BLOCK_KEYS];
         if visible == 0 {
             probabilities.fill(bf16::ZERO);

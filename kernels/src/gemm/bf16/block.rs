@@ -164,7 +164,7 @@ fn few_rows<E: Stored>(p: &Product<'_, E>, part: &Part) {
         let panels = p.n.div_ceil(LINES);
         let per_task = panels.div_ceil(4 * rayon::current_num_threads()).max(1);
         run(panels.div_ceil(per_task), p.m.max(8) * p.n * p.k, |task| {
-            let mut block = Block::new();
+            let mut block = Block::few(p.m);
             for panel in task * per_task..panels.min((task + 1) * per_task) {
                 let columns = panel * LINES..p.n.min((panel + 1) * LINES);
                 match p.b {
@@ -229,19 +229,35 @@ struct Block {
     path: Bf16Path,
     sums: Sums,
     totals: Sums,
+    /// Whether there are a few rows, and B comes from far away.
     #[cfg(target_arch = "x86_64")]
-    _tiles: Option<crate::amx::Tiles>,
+    is_few: bool,
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<crate::amx::Tiles>,
 }
 
 impl Block {
     fn new() -> Self {
+        Self::with_left_rows(16, false)
+    }
+
+    /// For `rows` rows, at most [`FEW_ROWS`].
+    fn few(rows: usize) -> Self {
+        Self::with_left_rows(rows.min(16), true)
+    }
+
+    fn with_left_rows(rows: usize, is_few: bool) -> Self {
         let path = Bf16Path::active();
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (rows, is_few);
         Self {
             path,
             sums: Sums::ZERO,
             totals: Sums::ZERO,
             #[cfg(target_arch = "x86_64")]
-            _tiles: (path == Bf16Path::Amx).then(crate::amx::Tiles::new).flatten(),
+            is_few,
+            #[cfg(target_arch = "x86_64")]
+            tiles: (path == Bf16Path::Amx).then(|| crate::amx::Tiles::with_left_rows(rows)).flatten(),
         }
     }
 
@@ -302,6 +318,10 @@ impl Block {
     }
 
     fn multiply(&mut self, rows: usize, a: &[Tile], b: &[Tile]) {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Some(tiles)) = (self.is_few, &self.tiles) {
+            return super::few::multiply(tiles, rows, a, b, &mut self.sums);
+        }
         match self.path {
             // SAFETY: the path is AMX, so `new` has configured the tiles.
             #[cfg(target_arch = "x86_64")]

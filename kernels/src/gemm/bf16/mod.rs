@@ -12,6 +12,8 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod block;
+#[cfg(target_arch = "x86_64")]
+mod few;
 mod pack;
 mod path;
 mod tile;
