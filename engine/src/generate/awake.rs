@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn work_runs_in_pools_of_any_size_and_outside_of_them() {
-        let sum = |n: u64| (0..n).into_par_iter().with_max_len(1).sum::<u64>();
+        let sum = |n: u32| (0..n).into_par_iter().with_max_len(1).sum::<u32>();
         assert_eq!(awake(|| sum(10)), 45);
         for threads in 1..5 {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
