@@ -59,6 +59,12 @@ pub(crate) struct Tiles(PhantomData<*const ()>);
 impl Tiles {
     /// Configures the tiles of this thread, if there are any.
     pub(crate) fn new() -> Option<Self> {
+        Self::with_left_rows(16)
+    }
+
+    /// Tiles of which those of sums and of left matrices, 0 to 5, have only `rows` rows (1 to 16). They are loaded and
+    /// stored without the others and multiplied in less time; the bits of a row are the same.
+    pub(crate) fn with_left_rows(left_rows: usize) -> Option<Self> {
         #[repr(C, align(64))]
         struct Config {
             palette: u8,
@@ -72,7 +78,8 @@ impl Tiles {
         }
         let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
         row_bytes[..8].fill(64);
-        rows[..8].fill(16);
+        rows[..6].fill(left_rows.clamp(1, 16) as u8);
+        rows[6..8].fill(16);
         let config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows };
         // SAFETY: the processor has tiles and the kernel permits them (`available`); `config` is a valid palette 1.
         unsafe { std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };

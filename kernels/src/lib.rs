@@ -17,6 +17,7 @@ mod math;
 pub mod mlp;
 pub mod norm;
 pub mod optimizer;
+mod prefetch;
 pub mod profile;
 pub mod reduce;
 pub mod reference;

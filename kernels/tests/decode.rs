@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Tensor};
 use common::{tensor, with_threads};
 use tandem_kernels::Error;
-use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, attention, decode_attention};
+use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, append_decode_attention, attention, decode_attention};
 
 /// As in the programs: large blocks start at a cache line, so that tiles can load rows where they lie.
 #[global_allocator]
@@ -112,6 +112,38 @@ fn slots_do_not_mix() {
 }
 
 #[test]
+fn appending_along_the_way_gives_the_same_bits() {
+    for (spec, dtype) in cases() {
+        // Slots of different lengths step together, over the borders of halves and of blocks.
+        let (starts, slots, steps) = ([0, 28, 63, 90], [1, 3, 0, 2], 40);
+        let sequence = |n: usize| random(&[starts[n] + steps, spec.qkv_width()], 20 + n as u64, dtype);
+        let sequences: Vec<Tensor> = (0..4).map(sequence).collect();
+        let whole = |n: usize| attention(&sequences[n], &[0, (starts[n] + steps) as u32], &spec).unwrap().0;
+        let want: Vec<Tensor> = (0..4).map(whole).collect();
+        for threads in [1, 3] {
+            let cache = cache(4, &spec, dtype);
+            let all: Vec<_> = (0..LEN).map(|t| (3, t)).collect();
+            let stale = tensor(&vec![f32::NAN; LEN * spec.qkv_width()], &[LEN, spec.qkv_width()]);
+            cache.append(&stale.to_dtype(dtype).unwrap(), spec.heads, &all).unwrap();
+            for n in 0..4 {
+                let entries: Vec<_> = (0..starts[n]).map(|t| (slots[n], t)).collect();
+                cache.append(&row(&sequences[n], 0, starts[n]), spec.heads, &entries).unwrap();
+            }
+            for step in 0..steps {
+                let new: Vec<Tensor> = (0..4).map(|n| row(&sequences[n], starts[n] + step, 1)).collect();
+                let (batch, rows) =
+                    (Tensor::cat(&new, 0).unwrap(), [0, 1, 2, 3].map(|n| (slots[n], starts[n] + step + 1)));
+                let got = with_threads(threads, || append_decode_attention(&batch, &cache, &rows, &spec)).unwrap();
+                for n in 0..4 {
+                    let want = row(&want[n], starts[n] + step, 1);
+                    assert_eq!(bits(&row(&got, n, 1)), bits(&want), "{dtype:?} {spec:?} sequence {n} step {step}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn what_a_slot_held_before_is_invisible() {
     for (spec, dtype) in cases() {
         let cache = cache(2, &spec, dtype);
@@ -167,6 +199,8 @@ fn misfits_are_errors() {
     assert!(decode_attention(&qkv, &cache, &[(0, 0)], &spec).is_err());
     assert!(decode_attention(&qkv, &cache, &[(0, 257)], &spec).is_err());
     assert!(decode_attention(&qkv, &cache, &[(5, 1)], &spec).is_err());
+    let two = random(&[2, spec.qkv_width()], 1, dtype);
+    assert!(append_decode_attention(&two, &cache, &[(1, 1), (1, 2)], &spec).is_err());
     assert!(decode_attention(&qkv, &cache, &[(0, 1)], &AttentionSpec { causal: false, ..spec }).is_err());
     let other = AttentionSpec { heads: 4, kv_heads: 4, head_dim: 8, ..spec };
     assert!(decode_attention(&qkv, &cache, &[(0, 1)], &other).is_err());

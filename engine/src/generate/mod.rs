@@ -5,6 +5,7 @@
 //! a request is answered depends on the request alone: its random numbers are addressed by (key, sample, position), and
 //! kernels give a row the same bits in any company.
 
+mod awake;
 mod cache;
 mod request;
 mod scheduler;

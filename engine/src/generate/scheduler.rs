@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use tandem_kernels::rng::Philox;
 use tandem_kernels::sample::{SampleRequest, Sampled};
 
+use super::awake::awake;
 use super::request::{Completion, Finish, OnToken, Request, SamplingKey};
 use super::{CacheSize, KvCache};
 use crate::batch::Packed;
@@ -195,7 +196,9 @@ impl<'a> Scheduler<'a> {
         };
         let heads = rows.iter().map(row).collect::<Result<Vec<_>>>()?;
         let logits = self.model.head_logits(&Tensor::cat(&heads, 0)?.contiguous()?)?;
-        self.choose(requests, &mut active[first_new..], &logits, on_token)?;
+        let mut new: Vec<&mut Active> = active[first_new..].iter_mut().collect();
+        let sampled = self.model.choose(&logits, &self.draws(requests, &new))?;
+        hand_out(requests, &mut new, &sampled, on_token);
         // Samples of the last prompt may still wait for a slot.
         *prefilled = match (waiting.front(), active.last(), heads.last()) {
             (Some(&(next, _)), Some(last), Some(row)) if next == last.request => {
@@ -215,44 +218,32 @@ impl<'a> Scheduler<'a> {
         }
         let places: Vec<(usize, usize)> = running.iter().map(|&i| (active[i].slot, active[i].ids.len() - 1)).collect();
         let ids: Vec<u32> = running.iter().map(|&i| active[i].ids[active[i].ids.len() - 1]).collect();
-        let h = self.model.decode(&ids, &places, &self.cache.layers)?;
-        let logits = self.model.head_logits(&h)?;
         let mut still: Vec<&mut Active> = active.iter_mut().filter(|sequence| sequence.finish.is_none()).collect();
-        self.choose_each(requests, &mut still, &logits, on_token)
-    }
-
-    fn choose(
-        &self,
-        requests: &[Request],
-        sequences: &mut [Active],
-        logits: &[(usize, Tensor)],
-        on_token: OnToken<'_>,
-    ) -> Result<()> {
-        self.choose_each(requests, &mut sequences.iter_mut().collect::<Vec<_>>(), logits, on_token)
-    }
-
-    /// Draws the next token of each sequence from its row of logits.
-    fn choose_each(
-        &self,
-        requests: &[Request],
-        sequences: &mut [&mut Active],
-        logits: &[(usize, Tensor)],
-        on_token: OnToken<'_>,
-    ) -> Result<()> {
-        let draws: Vec<SampleRequest<'_>> = sequences
-            .iter()
-            .map(|sequence| SampleRequest {
-                history: &sequence.ids,
-                params: &requests[sequence.request].sampling,
-                uniform: self.stream.uniform(sequence.sample, sequence.ids.len() as u32, 0),
-            })
-            .collect();
-        let sampled = self.model.choose(logits, &draws)?;
-        for (sequence, chosen) in sequences.iter_mut().zip(sampled) {
-            sequence.take(&requests[sequence.request], chosen);
-            on_token(sequence.request, sequence.sample, chosen.token);
-        }
+        let draws = self.draws(requests, &still);
+        let sampled = awake(|| {
+            let h = self.model.decode(&ids, &places, &self.cache.layers)?;
+            self.model.choose(&self.model.head_logits(&h)?, &draws)
+        })?;
+        hand_out(requests, &mut still, &sampled, on_token);
         Ok(())
+    }
+
+    /// What the next token of each sequence is drawn with.
+    fn draws<'b>(&self, requests: &'b [Request], sequences: &'b [&mut Active]) -> Vec<SampleRequest<'b>> {
+        let draw = |sequence: &'b &mut Active| SampleRequest {
+            history: &sequence.ids,
+            params: &requests[sequence.request].sampling,
+            uniform: self.stream.uniform(sequence.sample, sequence.ids.len() as u32, 0),
+        };
+        sequences.iter().map(draw).collect()
+    }
+}
+
+/// Gives each sequence its next token.
+fn hand_out(requests: &[Request], sequences: &mut [&mut Active], sampled: &[Sampled], on_token: OnToken<'_>) {
+    for (sequence, chosen) in sequences.iter_mut().zip(sampled) {
+        sequence.take(&requests[sequence.request], *chosen);
+        on_token(sequence.request, sequence.sample, chosen.token);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Passes that keep nothing: scoring, reading prompts, decoding.
 
 use candle_core::Tensor;
-use tandem_kernels::attention::{KvCacheLayer, attention, decode_attention};
+use tandem_kernels::attention::{KvCacheLayer, append_decode_attention, attention};
 
 use super::ends::check_targets;
 use super::{LogProbs, Model};
@@ -136,8 +136,7 @@ impl Model {
         for (index, layer) in cache.iter().enumerate() {
             let unit = self.unit(index + 1, None)?;
             x = self.block(index, &unit).infer(&x, &pass, |place, qkv| {
-                layer[place].append(qkv, pass.attention[place].heads, places)?;
-                Ok(decode_attention(qkv, &layer[place], &visible, &pass.attention[place])?)
+                Ok(append_decode_attention(qkv, &layer[place], &visible, &pass.attention[place])?)
             })?;
         }
         let all: Vec<u32> = (0..ids.len() as u32).collect();

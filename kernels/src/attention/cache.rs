@@ -7,7 +7,7 @@ use super::layout::Stored;
 use super::{AttentionSpec, BLOCK_KEYS};
 use crate::element::with_element;
 use crate::error::check_dims;
-use crate::view::{View, view_mut_of, view_of};
+use crate::view::{view_mut_of, view_of};
 use crate::{Error, Result};
 
 /// Keys and values of one layer: `slots` sequences of up to `max_len` tokens each.
@@ -16,10 +16,9 @@ use crate::{Error, Result};
 /// forward packs. Clones share the storage.
 #[derive(Clone, Debug)]
 pub struct KvCacheLayer {
-    /// `[slots, blocks, K, elements of a head]`, see [`Stored`].
-    keys: Tensor,
-    /// As `keys`.
-    values: Tensor,
+    /// `[slots, blocks, K, elements of a head]`: of each block the keys of all heads and then their values, see [`Stored`].
+    /// In this order a step of decoding reads a slot.
+    blocks: Tensor,
     head_dim: usize,
 }
 
@@ -51,9 +50,8 @@ impl KvCacheLayer {
         }
         let blocks = max_len.div_ceil(BLOCK_KEYS);
         let (keys_len, values_len) = head_lens(head_dim, dtype)?;
-        let keys = Tensor::zeros((slots, blocks, kv_heads, keys_len), dtype, &Device::Cpu)?;
-        let values = Tensor::zeros((slots, blocks, kv_heads, values_len), dtype, &Device::Cpu)?;
-        Ok(Self { keys, values, head_dim })
+        let blocks = Tensor::zeros((slots, blocks, kv_heads, keys_len + values_len), dtype, &Device::Cpu)?;
+        Ok(Self { blocks, head_dim })
     }
 
     /// Bytes that a cache of these sizes takes.
@@ -67,17 +65,17 @@ impl KvCacheLayer {
 
     /// Sequences that fit.
     pub fn slots(&self) -> usize {
-        self.keys.dims()[0]
+        self.blocks.dims()[0]
     }
 
     /// Tokens that fit in a slot.
     pub fn max_len(&self) -> usize {
-        self.blocks() * BLOCK_KEYS
+        self.blocks_of_slot() * BLOCK_KEYS
     }
 
     /// Key-value heads, K.
     pub fn kv_heads(&self) -> usize {
-        self.keys.dims()[2]
+        self.blocks.dims()[2]
     }
 
     /// Head width, D.
@@ -87,21 +85,21 @@ impl KvCacheLayer {
 
     /// Type of what is stored: f32 or bf16.
     pub fn dtype(&self) -> DType {
-        self.keys.dtype()
+        self.blocks.dtype()
     }
 
     /// Bytes held.
     pub fn size_bytes(&self) -> usize {
-        (self.keys.elem_count() + self.values.elem_count()) * self.dtype().size_in_bytes()
+        self.blocks.elem_count() * self.dtype().size_in_bytes()
     }
 
-    fn blocks(&self) -> usize {
-        self.keys.dims()[1]
+    fn blocks_of_slot(&self) -> usize {
+        self.blocks.dims()[1]
     }
 
-    /// Elements of the keys and of the values of one block of one head.
-    fn head_lens(&self) -> (usize, usize) {
-        (self.keys.dims()[3], self.values.dims()[3])
+    /// Elements of one block of one head.
+    fn head_len(&self) -> usize {
+        self.blocks.dims()[3]
     }
 
     /// Stores the key and value heads of `qkv [T, (H + 2K) D]`, keys already rotated; row `t` goes to `entries[t]`, a
@@ -124,23 +122,18 @@ impl KvCacheLayer {
 
     fn append_of<E: Stored>(&self, op: &'static str, qkv: &Tensor, heads: usize, runs: &[Run]) -> Result<()> {
         let qkv = view_of::<E>(op, qkv)?;
-        let (kv_heads, head_dim, (keys_len, values_len)) = (self.kv_heads(), self.head_dim, self.head_lens());
+        let (kv_heads, head_dim, head_len) = (self.kv_heads(), self.head_dim, self.head_len());
+        let (keys_len, _) = E::head_lens(head_dim);
         let width = (heads + 2 * kv_heads) * head_dim;
-        let key_column = heads * head_dim;
-        let value_column = key_column + kv_heads * head_dim;
-        view_mut_of::<E, _>(op, &self.keys, |keys| {
-            write_runs(runs, keys, kv_heads * keys_len, |run, block| {
+        view_mut_of::<E, _>(op, &self.blocks, |blocks| {
+            write_runs(runs, blocks, kv_heads * head_len, |run, block| {
                 let source = &qkv[run.row * width..][..run.rows * width];
-                for (head, block) in block.chunks_exact_mut(keys_len).enumerate() {
-                    E::store_keys(source, width, key_column + head * head_dim, head_dim, run.offset, block);
-                }
-            });
-        })?;
-        view_mut_of::<E, _>(op, &self.values, |values| {
-            write_runs(runs, values, kv_heads * values_len, |run, block| {
-                let source = &qkv[run.row * width..][..run.rows * width];
-                for (head, block) in block.chunks_exact_mut(values_len).enumerate() {
-                    E::store_values(source, width, value_column + head * head_dim, head_dim, run.offset, block);
+                let (keys, values) = block.split_at_mut(kv_heads * keys_len);
+                let heads_of_block = keys.chunks_exact_mut(keys_len).zip(values.chunks_exact_mut(head_len - keys_len));
+                for (head, (keys, values)) in heads_of_block.enumerate() {
+                    let (key, value) = ((heads + head) * head_dim, (heads + kv_heads + head) * head_dim);
+                    E::store_keys(source, width, key, head_dim, run.offset, keys);
+                    E::store_values(source, width, value, head_dim, run.offset, values);
                 }
             });
         })
@@ -159,17 +152,18 @@ impl KvCacheLayer {
         if len > self.max_len() {
             return Err(Error::Index { op: OP, what: "prefix length", index: len, limit: self.max_len() + 1 });
         }
-        let (keys_len, values_len) = self.head_lens();
-        for (tensor, head_len) in [(&self.keys, keys_len), (&self.values, values_len)] {
-            let block = self.kv_heads() * head_len;
-            let slot = self.blocks() * block;
-            let copied = len.div_ceil(BLOCK_KEYS) * block;
-            let (source, target) = (from * slot..from * slot + copied, to * slot);
-            with_element!(OP, self.dtype(), E => {
-                view_mut_of::<E, _>(OP, tensor, |values| values.copy_within(source, target))
-            })?;
-        }
-        Ok(())
+        let block = self.kv_heads() * self.head_len();
+        let slot = self.blocks_of_slot() * block;
+        let copied = len.div_ceil(BLOCK_KEYS) * block;
+        with_element!(OP, self.dtype(), E => view_mut_of::<E, _>(OP, &self.blocks, |blocks| {
+            blocks.copy_within(from * slot..from * slot + copied, to * slot);
+            let (keys_len, values_len) = E::head_lens(self.head_dim);
+            if let Some(last) = blocks[to * slot..][len / BLOCK_KEYS * block..copied].get_mut(self.kv_heads() * keys_len..) {
+                for values in last.chunks_exact_mut(values_len) {
+                    E::clear_values(self.head_dim, len % BLOCK_KEYS, values);
+                }
+            }
+        }))
     }
 
     pub(super) fn check_slot(&self, op: &'static str, slot: usize) -> Result<()> {
@@ -186,15 +180,25 @@ impl KvCacheLayer {
         check_dims(op, "key-value heads and head width", &expected, &got)
     }
 
-    pub(super) fn read<E: Stored>(&self, op: &'static str) -> Result<CacheView<'_, E>> {
-        Ok(CacheView { keys: view_of(op, &self.keys)?, values: view_of(op, &self.values)?, layer: self })
+    /// Runs `work` on the blocks; they may be written if `writes`.
+    pub(super) fn with_blocks<E: Stored, R>(
+        &self,
+        op: &'static str,
+        writes: bool,
+        work: impl FnOnce(&Blocks<'_, E>) -> R,
+    ) -> Result<R> {
+        if writes {
+            return view_mut_of::<E, _>(op, &self.blocks, |blocks| work(&Blocks::new(blocks.as_mut_ptr(), self)));
+        }
+        let blocks = view_of::<E>(op, &self.blocks)?;
+        Ok(work(&Blocks::new(blocks.as_ptr().cast_mut(), self)))
     }
 
     /// Joins neighbouring entries and sorts them by block.
     fn runs(&self, entries: &[(usize, usize)]) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         for (row, &(slot, position)) in entries.iter().enumerate() {
-            let (block, offset) = (slot * self.blocks() + position / BLOCK_KEYS, position % BLOCK_KEYS);
+            let (block, offset) = (slot * self.blocks_of_slot() + position / BLOCK_KEYS, position % BLOCK_KEYS);
             match runs.last_mut() {
                 Some(run) if run.block == block && run.offset + run.rows == offset => run.rows += 1,
                 _ => runs.push(Run { block, offset, row, rows: 1 }),
@@ -223,18 +227,66 @@ fn write_runs<E: Stored>(runs: &[Run], storage: &mut [E], block_len: usize, writ
     });
 }
 
-/// A read lock on a cache.
-pub(super) struct CacheView<'a, E> {
-    keys: View<'a, E>,
-    values: View<'a, E>,
+/// The blocks of a locked cache, as tasks see them that each work on some heads of some slots.
+pub(super) struct Blocks<'a, E> {
+    start: *mut E,
     layer: &'a KvCacheLayer,
 }
 
-impl<E: Stored> CacheView<'_, E> {
-    /// Keys and values of block `n` of a slot's key-value head.
-    pub(super) fn block(&self, slot: usize, head: usize, n: usize) -> (&[E], &[E]) {
-        let (keys_len, values_len) = self.layer.head_lens();
-        let index = (slot * self.layer.blocks() + n) * self.layer.kv_heads() + head;
-        (&self.keys[index * keys_len..][..keys_len], &self.values[index * values_len..][..values_len])
+// SAFETY: the storage is locked, and writing to it is an unsafe function that requires it to be exclusive.
+unsafe impl<E: Send> Send for Blocks<'_, E> {}
+// SAFETY: as above.
+unsafe impl<E: Sync> Sync for Blocks<'_, E> {}
+
+impl<'a, E: Stored> Blocks<'a, E> {
+    fn new(start: *mut E, layer: &'a KvCacheLayer) -> Self {
+        Self { start, layer }
+    }
+
+    /// Keys of block `n` of a slot's key-value head.
+    pub(super) fn keys(&self, slot: usize, head: usize, n: usize) -> &[E] {
+        let (start, len) = self.keys_place(slot, head, n);
+        // SAFETY: the storage holds this block; who writes to it does not read it meanwhile, by the contract of `store`.
+        unsafe { std::slice::from_raw_parts(start, len) }
+    }
+
+    /// Values of block `n` of a slot's key-value head.
+    pub(super) fn values(&self, slot: usize, head: usize, n: usize) -> &[E] {
+        let (start, len) = self.values_place(slot, head, n);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(start, len) }
+    }
+
+    /// Stores the key and the value at `position` of a slot's head, from their columns of `row`.
+    ///
+    /// # Safety
+    /// The blocks may be written, and no other task works on this head of this slot.
+    pub(super) unsafe fn store(&self, slot: usize, head: usize, position: usize, row: &[E], columns: [usize; 2]) {
+        let (n, offset, head_dim) = (position / BLOCK_KEYS, position % BLOCK_KEYS, self.layer.head_dim);
+        let (keys, values) = (self.keys_place(slot, head, n), self.values_place(slot, head, n));
+        // SAFETY: these two places, which do not overlap, are this task's by contract, and it holds no reference to them.
+        let (keys, values) = unsafe {
+            (std::slice::from_raw_parts_mut(keys.0, keys.1), std::slice::from_raw_parts_mut(values.0, values.1))
+        };
+        E::store_keys(row, row.len(), columns[0], head_dim, offset, keys);
+        E::store_values(row, row.len(), columns[1], head_dim, offset, values);
+    }
+
+    fn keys_place(&self, slot: usize, head: usize, n: usize) -> (*mut E, usize) {
+        let (len, _) = E::head_lens(self.layer.head_dim);
+        (self.start(slot, head, n).wrapping_add(head * len), len)
+    }
+
+    fn values_place(&self, slot: usize, head: usize, n: usize) -> (*mut E, usize) {
+        let (keys_len, len) = E::head_lens(self.layer.head_dim);
+        (self.start(slot, head, n).wrapping_add(self.layer.kv_heads() * keys_len + head * len), len)
+    }
+
+    /// Where block `n` of a slot starts, which has this head.
+    fn start(&self, slot: usize, head: usize, n: usize) -> *mut E {
+        let layer = self.layer;
+        let blocks = layer.blocks_of_slot();
+        assert!(slot < layer.slots() && n < blocks && head < layer.kv_heads(), "a block that is not there");
+        self.start.wrapping_add((slot * blocks + n) * layer.kv_heads() * layer.head_len())
     }
 }

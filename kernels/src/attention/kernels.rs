@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::backward::{self, Inputs};
 use super::blocks::Block;
-use super::cache::CacheView;
+use super::decode::{Span, Step};
 use super::layout::Stored;
 use super::{AttentionSpec, decode, forward};
 
@@ -18,14 +18,8 @@ pub(super) trait Kernels: Stored {
         backward::backward(inputs, blocks, spec, dqkv);
     }
 
-    fn decode(
-        qkv: &[Self],
-        cache: &CacheView<'_, Self>,
-        rows: &[(usize, usize)],
-        spec: &AttentionSpec,
-        o: &mut [Self],
-    ) {
-        decode::decode(qkv, cache, rows, spec, o);
+    fn decode(step: &Step<'_, Self>, spans: &[Span], o: &mut [Self]) {
+        decode::decode(step, spans, o);
     }
 }
 
@@ -52,17 +46,11 @@ impl Kernels for bf16 {
         }
     }
 
-    fn decode(
-        qkv: &[bf16],
-        cache: &CacheView<'_, bf16>,
-        rows: &[(usize, usize)],
-        spec: &AttentionSpec,
-        o: &mut [bf16],
-    ) {
+    fn decode(step: &Step<'_, bf16>, spans: &[Span], o: &mut [bf16]) {
         if tiles() {
-            super::amx::decode(qkv, cache, rows, spec, o);
+            super::amx::decode(step, spans, o);
         } else {
-            decode::decode(qkv, cache, rows, spec, o);
+            decode::decode(step, spans, o);
         }
     }
 }

@@ -6,6 +6,10 @@ use super::BLOCK_KEYS;
 use super::blocks::{copy_head, padded, transpose_head};
 use crate::element::Element;
 use crate::math::LANES;
+use crate::prefetch::{LINE, prefetch, prefetch_line};
+
+/// Keys that a step of a product over keys takes, and that a block is read by.
+pub(super) const HALF_KEYS: usize = BLOCK_KEYS / 2;
 
 /// Bf16 head width rounded up to whole pairs of matrix tiles.
 pub(super) fn padded_pairs(head_dim: usize) -> usize {
@@ -20,8 +24,24 @@ pub(super) trait Stored: Element {
     /// Stores the key head of `head_dim` columns at `column` of each of `source`'s rows (of `width`), from key `offset` on.
     fn store_keys(source: &[Self], width: usize, column: usize, head_dim: usize, offset: usize, block: &mut [Self]);
 
-    /// As [`Stored::store_keys`] for a value head.
+    /// As [`Stored::store_keys`] for a value head. Rows that begin a half of the block, or come before it, are followed by
+    /// what [`Stored::clear_values`] leaves.
     fn store_values(source: &[Self], width: usize, column: usize, head_dim: usize, offset: usize, block: &mut [Self]);
+
+    /// Makes the values of key `offset` and of those after it in its half of the block finite: a kernel that multiplies
+    /// them by zero then adds nothing.
+    fn clear_values(head_dim: usize, offset: usize, block: &mut [Self]);
+
+    /// Asks for the places of key `offset` in its block and of its value.
+    fn prefetch_key(keys: &[Self], values: &[Self], offset: usize) {
+        for row in keys.chunks(4 * BLOCK_KEYS / size_of::<Self>()) {
+            prefetch_line(&raw const row[offset * row.len() / BLOCK_KEYS]);
+        }
+        // The value, and its other half where two keys share a row.
+        let keys_of_row = if size_of::<Self>() == 4 { 1 } else { 2 };
+        let row = keys_of_row * values.len() / BLOCK_KEYS;
+        prefetch(&values[offset / keys_of_row * row..][..row]);
+    }
 
     /// A block of keys as f32 `[D, 64]` and one of values as f32 `[64, D padded]`, in `scratch` unless they lie there.
     fn widen<'a>(
@@ -53,6 +73,9 @@ impl Stored for f32 {
         copy_head(source, width, column, head_dim, offset, block);
     }
 
+    /// Hidden keys are not read.
+    fn clear_values(_: usize, _: usize, _: &mut [f32]) {}
+
     fn widen<'a>(keys: &'a [f32], values: &'a [f32], _: usize, _: &'a mut Scratch) -> (&'a [f32], &'a [f32]) {
         (keys, values)
     }
@@ -66,8 +89,13 @@ impl Stored for bf16 {
 
     fn store_keys(source: &[bf16], width: usize, column: usize, head_dim: usize, offset: usize, block: &mut [bf16]) {
         for (row, source) in source.chunks_exact(width).enumerate() {
-            for (d, value) in source[column..column + head_dim].iter().enumerate() {
-                block[(d / 2 * BLOCK_KEYS + offset + row) * 2 + d % 2] = *value;
+            let (pairs, last) = source[column..column + head_dim].as_chunks::<2>();
+            let columns = block[2 * (offset + row)..].chunks_mut(2 * BLOCK_KEYS);
+            for (column, pair) in columns.zip(pairs) {
+                column[..2].copy_from_slice(pair);
+            }
+            if let [last] = last {
+                block[(pairs.len() * BLOCK_KEYS + offset + row) * 2] = *last;
             }
         }
     }
@@ -76,11 +104,26 @@ impl Stored for bf16 {
         let stride = padded_pairs(head_dim);
         for (row, source) in source.chunks_exact(width).enumerate() {
             let key = offset + row;
-            let pairs = block[key / 2 * stride * 2..][..head_dim * 2].chunks_exact_mut(2);
-            for (pair, value) in pairs.zip(&source[column..column + head_dim]) {
+            let pairs = block[key / 2 * stride * 2..].as_chunks_mut::<2>().0;
+            for (pair, value) in pairs.iter_mut().zip(&source[column..column + head_dim]) {
                 pair[key % 2] = *value;
             }
         }
+        let end = offset + source.len() / width;
+        if offset <= end / HALF_KEYS * HALF_KEYS {
+            Self::clear_values(head_dim, end, block);
+        }
+    }
+
+    fn clear_values(head_dim: usize, offset: usize, block: &mut [bf16]) {
+        if offset.is_multiple_of(HALF_KEYS) {
+            return;
+        }
+        let row = 2 * padded_pairs(head_dim);
+        if !offset.is_multiple_of(2) {
+            block[offset / 2 * row..][..row].as_chunks_mut::<2>().0.iter_mut().for_each(|pair| pair[1] = bf16::ZERO);
+        }
+        block[offset.div_ceil(2) * row..offset.next_multiple_of(HALF_KEYS) / 2 * row].fill(bf16::ZERO);
     }
 
     fn widen<'a>(
@@ -111,4 +154,25 @@ fn split_pairs(pairs: &[bf16], out: &mut [f32], width: usize) {
             *out = pair[part].wide();
         }
     }
+}
+
+/// Asks for the halves of a block of keys that hold those `from..to`.
+#[inline(always)]
+pub(super) fn prefetch_keys<E: Stored>(keys: &[E], (from, to): (usize, usize)) {
+    let lines = HALF_KEYS / LANES;
+    let (from, to) = (from / HALF_KEYS * lines, to.div_ceil(HALF_KEYS) * lines);
+    if to - from == BLOCK_KEYS / LANES {
+        return prefetch(keys);
+    }
+    // A row holds a coordinate, or a pair of them, of all 64: four bytes each.
+    for row in keys.chunks(4 * BLOCK_KEYS / size_of::<E>()) {
+        let start = row.as_ptr().cast::<u8>();
+        (from..to).for_each(|line| prefetch_line(start.wrapping_add(line * LINE)));
+    }
+}
+
+/// Asks for the halves of a block of values that hold those of the keys `from..to`.
+#[inline(always)]
+pub(super) fn prefetch_values<E: Stored>(values: &[E], (from, to): (usize, usize)) {
+    prefetch(&values[from / HALF_KEYS * values.len() / 2..to.div_ceil(HALF_KEYS) * values.len() / 2]);
 }

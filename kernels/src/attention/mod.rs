@@ -42,7 +42,7 @@ mod tile;
 mod vector;
 
 pub use cache::KvCacheLayer;
-pub use decode::decode_attention;
+pub use decode::{append_decode_attention, decode_attention};
 
 /// Keys per block of the fixed order of arithmetic.
 pub const BLOCK_KEYS: usize = 64;

@@ -58,13 +58,6 @@ impl Running {
     }
 }
 
-/// The blocks of keys that any of `queries` sees.
-pub(super) fn blocks_seen(queries: &[Query]) -> Range<usize> {
-    let first = queries.iter().map(|query| query.start / BLOCK_KEYS).min().unwrap_or(0);
-    let last = queries.iter().map(|query| query.end.div_ceil(BLOCK_KEYS)).max().unwrap_or(0);
-    first..last
-}
-
 simd_fn! {
     fn normalise<E: Element>(output: &[f32], maximum: f32, sum: f32, o: &mut [E]) -> f32 = normalise_body;
 }

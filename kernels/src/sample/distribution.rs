@@ -173,6 +173,10 @@ simd_fn! { fn exponentiate(scores: &mut [f32], max: f32, temperature: f32) = exp
 
 #[inline(always)]
 fn exponentiate_body<const FMA: bool>(scores: &mut [f32], max: f32, temperature: f32) {
+    if temperature == 1.0 {
+        // The same bits without the division, which takes longer than the rest.
+        return scores.iter_mut().for_each(|score| *score = math::exp::<FMA>(*score - max));
+    }
     for score in scores {
         *score = math::exp::<FMA>((*score - max) / temperature);
     }

@@ -57,11 +57,11 @@ pub fn start(
             outcomes.first().copied().ok_or_else(|| StageError::bug("a world without ranks"))
         }
         Connected::Process { world, .. } => {
-            set_threads(threads)?;
             let launch = launch.on_mesh_of(world.world(), stages)?;
             if world.world() == 1 {
-                return body(&launch);
+                return threads::alone(threads, || body(&launch));
             }
+            set_threads(threads)?;
             process::run(&world, || run_rank(&launch, Arc::clone(&world), &body))
         }
     }

@@ -59,6 +59,16 @@ pub fn on_threads<T: Send>(
     }
 }
 
+/// Runs the one rank of a world in a pool of its own: from a thread outside of it, every kernel would have to be handed over
+/// and waited for.
+///
+/// # Errors
+/// If a thread cannot be started, or `body` fails.
+pub(super) fn alone<T: Send>(threads: Option<usize>, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let threads = threads.unwrap_or_else(|| thread::available_parallelism().map_or(1, NonZero::get));
+    pool(0, threads)?.install(body)
+}
+
 fn pool(rank: usize, threads: usize) -> Result<ThreadPool> {
     // The name is what the message of a panic shows.
     let builder = ThreadPoolBuilder::new().thread_name(move |_| format!("rank {rank}"));

@@ -1,97 +1,86 @@
-//! Decoding on tiles: the query heads that share keys are rows of one tile.
+//! Decoding on tiles: the query heads that share keys are rows of one tile, which has no other rows.
+
+use std::f32::consts::LOG2_E;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::super::cache::CacheView;
-use super::super::forward::block_range;
-use super::super::layout::padded_pairs;
+use super::super::decode::{Span, Step};
+use super::super::layout::{HALF_KEYS, padded_pairs};
 use super::forward::Running;
 use super::product::Left;
-use super::vector::{pack_rows, range_mask};
-use super::{AttentionSpec, BLOCK_KEYS, Head, Room, block_len};
+use super::vector::{pack_some_rows, range_mask};
+use super::{Head, Room};
 use crate::amx::Tiles;
 
-/// Query heads that are worked on at once.
+/// Most query heads that are worked on at once.
 const ROWS: usize = 16;
 
-/// What a task works with.
-struct Task {
+/// Up to 16 of the query heads that share a key-value head.
+struct Part {
     /// `[16, D padded]`.
     q: Room<bf16>,
-    /// Values of a block of which not all keys are written, `[32, D padded, 2]`.
-    values: Room<bf16>,
+    /// Query heads.
+    rows: usize,
     running: Running<ROWS>,
 }
 
-/// Attention of `qkv [R, (H + 2K) D]` against the cache; row `r` sees the first `len` keys of its slot,
-/// `rows[r] = (slot, len)`. Writes `o [R, H D]`.
-pub(in super::super) fn decode(
-    qkv: &[bf16],
-    cache: &CacheView<'_, bf16>,
-    rows: &[(usize, usize)],
-    spec: &AttentionSpec,
-    o: &mut [bf16],
-) {
-    let (group, head_dim) = (spec.group(), spec.head_dim);
-    o.par_chunks_mut(group * head_dim).enumerate().for_each_init(
-        || Task {
-            q: Room::new(ROWS * padded_pairs(spec.head_dim)),
-            values: Room::new(block_len(spec)),
-            running: Running::new(spec),
-        },
-        |task, (n, o)| {
-            let (row, kv_head) = (n / spec.kv_heads, n % spec.kv_heads);
-            let heads = &qkv[row * spec.qkv_width() + kv_head * group * head_dim..][..group * head_dim];
-            for (heads, o) in heads.chunks(ROWS * head_dim).zip(o.chunks_mut(ROWS * head_dim)) {
-                // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
-                unsafe { attend(heads, |n| cache.block(rows[row].0, kv_head, n), rows[row].1, spec, task, o) };
-            }
-        },
-    );
+/// The heads of `spans`, one after the other in `o`.
+pub(in super::super) fn decode(step: &Step<'_, bf16>, spans: &[Span], o: &mut [bf16]) {
+    // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
+    unsafe { attend(step, spans, o) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn attend<'a>(
-    heads: &[bf16],
-    block: impl Fn(usize) -> (&'a [bf16], &'a [bf16]),
-    len: usize,
-    spec: &AttentionSpec,
-    task: &mut Task,
-    o: &mut [bf16],
-) {
-    let Some(tiles) = Tiles::new() else { unreachable!("the path of tiles without tiles") };
-    let (head_dim, stride) = (spec.head_dim, padded_pairs(spec.head_dim));
-    pack_rows(Head { source: heads, width: head_dim, column: 0, head_dim }, &mut task.q);
-    let (start, end) = spec.visible(len - 1, len);
-    task.running.start();
-    for n in start / BLOCK_KEYS..end.div_ceil(BLOCK_KEYS) {
-        let (keys, values) = block(n);
-        let (from, to) = block_range(start, end, n * BLOCK_KEYS);
-        let mut masks = [0; ROWS];
-        masks[..heads.len() / head_dim].fill(range_mask(from, to));
-        let values = if to < BLOCK_KEYS {
-            written(values, to, stride, &mut task.values);
-            &task.values
-        } else {
-            values
-        };
-        task.running.attend(&tiles, Left { values: &task.q, stride }, keys, values, &masks, spec.scale);
-    }
-    for (row, o) in o.chunks_exact_mut(head_dim).enumerate() {
-        task.running.finish(row, o);
-    }
-}
-
-/// Copies the values of the first `keys` of a block and zeros for the others, as the forward packs them: zero times what
-/// the slot held before need not be zero.
-fn written(values: &[bf16], keys: usize, stride: usize, out: &mut [bf16]) {
-    let whole = keys / 2 * 2 * stride;
-    out[..whole].copy_from_slice(&values[..whole]);
-    out[whole..].fill(bf16::ZERO);
-    if !keys.is_multiple_of(2) {
-        for (out, pair) in out[whole..].chunks_exact_mut(2).zip(values[whole..][..2 * stride].chunks_exact(2)) {
-            out[0] = pair[0];
+fn attend(step: &Step<'_, bf16>, spans: &[Span], o: &mut [bf16]) {
+    let (spec, head_dim, group) = (step.spec, step.spec.head_dim, step.spec.group());
+    let rows = group.min(ROWS);
+    let Some(tiles) = Tiles::with_left_rows(rows) else { unreachable!("the path of tiles without tiles") };
+    let parts_of_head = group.div_ceil(ROWS);
+    let new = |part: usize| Part {
+        q: Room::new(ROWS * padded_pairs(head_dim)),
+        rows: ROWS.min(group - part % parts_of_head * ROWS),
+        running: Running::new(spec),
+    };
+    let mut parts: Vec<Part> = (0..spec.kv_heads * parts_of_head).map(new).collect();
+    let mut o = o;
+    for (at, span) in spans.iter().enumerate() {
+        step.store(span);
+        let parts = &mut parts[span.heads.start * parts_of_head..span.heads.end * parts_of_head];
+        for (head, parts) in span.heads.clone().zip(parts.chunks_mut(parts_of_head)) {
+            for (part, source) in parts.iter_mut().zip(step.queries(span.row, head).chunks(ROWS * head_dim)) {
+                pack_some_rows(Head { source, width: head_dim, column: 0, head_dim }, &mut part.q);
+                part.running.start();
+            }
+        }
+        for n in step.seen(span.row) {
+            let (from, to) = step.range(span.row, n);
+            let (mask, halves) = (range_mask(from, to), from / HALF_KEYS..to.div_ceil(HALF_KEYS));
+            // One stage for all heads after the other: of one head, each would wait for the one before.
+            for (head, parts) in span.heads.clone().zip(parts.chunks_mut(parts_of_head)) {
+                step.prefetch_values(span.row, head, n);
+                let keys = step.keys(span.row, head, n);
+                for part in parts {
+                    let q = Left { values: &part.q, stride: part.q.len() / ROWS };
+                    part.running.score(&tiles, q, keys, halves.clone());
+                }
+            }
+            for part in parts.iter_mut() {
+                (0..part.rows).for_each(|row| part.running.softmax(row, mask, spec.scale * LOG2_E));
+            }
+            for (head, parts) in span.heads.clone().zip(parts.chunks_mut(parts_of_head)) {
+                step.prefetch_after(spans, at, n, head);
+                let values = step.values(span.row, head, n);
+                parts.iter_mut().for_each(|part| part.running.add_values(&tiles, values, halves.clone()));
+            }
+        }
+        for parts in parts.chunks_mut(parts_of_head) {
+            let (heads, rest) = o.split_at_mut(group * head_dim);
+            for (part, heads) in parts.iter().zip(heads.chunks_mut(ROWS * head_dim)) {
+                for (row, o) in heads.chunks_exact_mut(head_dim).enumerate() {
+                    part.running.finish(row, o);
+                }
+            }
+            o = rest;
         }
     }
 }

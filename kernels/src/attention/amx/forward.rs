@@ -50,61 +50,30 @@ impl<const ROWS: usize> Running<ROWS> {
         self.output.fill(0.0);
     }
 
-    /// Attends the rows `q`, of D padded terms, to a block of keys, of which row `r` sees the bits of `visible[r]`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    pub(super) fn attend(
-        &mut self,
-        tiles: &Tiles,
-        q: Left,
-        keys: &[bf16],
-        values: &[bf16],
-        visible: &[u64; ROWS],
-        scale: f32,
-    ) {
-        self.score(tiles, q, keys, visible);
-        self.softmax_all(visible, scale);
-        self.add_values(tiles, values, visible);
-    }
-
-    /// The scores of the keys that any row sees.
+    /// The scores of the rows `q`, of D padded terms, and of the keys of some halves of a block.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn score(&mut self, tiles: &Tiles, q: Left, keys: &[bf16], visible: &[u64; ROWS]) {
-        for half in halves(visible) {
+    pub(super) fn score(&mut self, tiles: &Tiles, q: Left, keys: &[bf16], halves: Range<usize>) {
+        let steps = self.output.len() / ROWS / STEP;
+        for half in halves {
             let keys = Pairs { values: &keys[half * COLUMNS * 2..], stride: BLOCK_KEYS };
-            let steps = self.output.len() / ROWS / STEP;
             product::<ROWS>(tiles, q, keys, steps, &mut self.scores[half * COLUMNS..], BLOCK_KEYS, false);
         }
     }
 
-    /// Turns the scores into probabilities; updates maxima, sums and the scale of the output.
+    /// Turns the scores of some halves of a block, of which row `r` sees the bits of `visible[r]`, into probabilities; updates
+    /// maxima, sums and the scale of the output.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn softmax_all(&mut self, visible: &[u64; ROWS], scale: f32) {
-        let halves = halves(visible);
-        if halves.is_empty() {
-            return;
-        }
-        if ROWS == LANES {
-            // The heads of one token, mostly fewer than 16.
-            for row in 0..ROWS {
-                self.softmax(row, visible[row], scale * LOG2_E);
-            }
-        } else {
-            for first in (0..ROWS).step_by(LANES) {
-                self.softmax_rows(first, visible, halves.start * 2..halves.end * 2, scale * LOG2_E);
-            }
+    fn softmax_all(&mut self, visible: &[u64; ROWS], halves: Range<usize>, scale: f32) {
+        for first in (0..ROWS).step_by(LANES) {
+            self.softmax_rows(first, visible, halves.start * 2..halves.end * 2, scale * LOG2_E);
         }
     }
 
-    /// Adds the values of a block times their probabilities.
+    /// Adds the values of some halves of a block times their probabilities.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn add_values(&mut self, tiles: &Tiles, values: &[bf16], visible: &[u64; ROWS]) {
-        let (halves, stride) = (halves(visible), self.output.len() / ROWS);
-        if halves.is_empty() {
-            return;
-        }
+    pub(super) fn add_values(&mut self, tiles: &Tiles, values: &[bf16], halves: Range<usize>) {
+        let stride = self.output.len() / ROWS;
         let probabilities = Left { values: &self.probabilities[halves.start * STEP..], stride: BLOCK_KEYS };
         for column in (0..stride).step_by(COLUMNS) {
             let values = Pairs { values: &values[(halves.start * STEP / 2 * stride + column) * 2..], stride };
@@ -115,7 +84,7 @@ impl<const ROWS: usize> Running<ROWS> {
     /// Turns a row of scores into `2^(scale · score - maximum)`, hidden keys into 0, rounded; updates maximum and sum.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn softmax(&mut self, row: usize, visible: u64, scale: f32) {
+    pub(super) fn softmax(&mut self, row: usize, visible: u64, scale: f32) {
         let probabilities = &mut self.probabilities[row * BLOCK_KEYS..][..BLOCK_KEYS];
         if visible == 0 {
             probabilities.fill(bf16::ZERO);
@@ -347,13 +316,13 @@ fn attend_rows<'a>(
         let (keys, values) = packed(n);
         for (part, (running, masks)) in running.iter_mut().zip(&masks).enumerate() {
             let q = Left { values: &q.values[32 * part * q.stride..], stride: q.stride };
-            running.score(&tiles, q, keys, masks);
+            running.score(&tiles, q, keys, halves(masks));
         }
-        for (running, masks) in running.iter_mut().zip(&masks) {
-            running.softmax_all(masks, spec.scale);
+        for (running, masks) in running.iter_mut().zip(&masks).filter(|(_, masks)| !halves(*masks).is_empty()) {
+            running.softmax_all(masks, halves(masks), spec.scale);
         }
-        for (running, masks) in running.iter_mut().zip(&masks) {
-            running.add_values(&tiles, values, masks);
+        for (running, masks) in running.iter_mut().zip(&masks).filter(|(_, masks)| !halves(*masks).is_empty()) {
+            running.add_values(&tiles, values, halves(masks));
         }
     }
 }

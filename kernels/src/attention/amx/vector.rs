@@ -146,6 +146,12 @@ pub(super) fn pack_rows(head: Head, out: &mut [bf16]) {
     }
 }
 
+/// [`pack_rows`] of the rows that there are.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn pack_some_rows(head: Head, out: &mut [bf16]) {
+    pack_rows(head, &mut out[..head.rows() * padded_pairs(head.head_dim)]);
+}
+
 /// A head's rows as the right matrix of a product over its columns: `[D padded / 2, 64, 2]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 pub(super) fn pack_transposed(head: Head, out: &mut [bf16]) {

@@ -12,16 +12,19 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod block;
+#[cfg(target_arch = "x86_64")]
+mod few;
 mod pack;
 mod path;
+mod tasks;
 mod tile;
 
 use half::bf16;
 
 pub use path::Bf16Path;
 
-pub(crate) use block::{Factor, Product, Start, multiply, multiply_here};
 pub(crate) use pack::Operand;
+pub(crate) use tasks::{Factor, Product, Start, multiply, multiply_here};
 pub(crate) use tile::{Stored, narrow_row};
 
 use pack::{LINES, Tile, panel_tiles};
@@ -56,7 +59,7 @@ impl PackedOperand {
         (self.columns, self.terms) = (n, k);
         if n > 0 && k > 0 {
             operand.check(n, k);
-            block::pack_panels(operand, 0..n, 0..k, &mut self.tiles);
+            tasks::pack_panels(operand, 0..n, 0..k, &mut self.tiles);
         }
     }
 

@@ -1,0 +1,263 @@
+//! Tiling and threads of the bf16 products.
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::block::{Block, Left};
+use super::pack::{LINES, Operand, Side, Tile, pack_lines, pack_panel, panel_tiles};
+use super::tile::Stored;
+use super::{Bf16Path, PackedOperand};
+use crate::gemm::Output;
+
+/// The right operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) enum Factor<'a> {
+    /// Where it lies.
+    Plain(Operand<'a>),
+    /// Packed before.
+    Packed(&'a PackedOperand),
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Start<'a> {
+    /// Nothing.
+    Zero,
+    /// One value for each column.
+    Bias(&'a [f32]),
+    /// What C holds; f32 only.
+    Output,
+}
+
+/// `C[m, n] = start + A[m, k] · B[k, n]`.
+pub(crate) struct Product<'a, E> {
+    /// Rows of C.
+    pub(crate) m: usize,
+    /// Columns of C.
+    pub(crate) n: usize,
+    /// Terms of each dot product.
+    pub(crate) k: usize,
+    /// Its lines are the rows of A.
+    pub(crate) a: Operand<'a>,
+    /// Its lines are the columns of B.
+    pub(crate) b: Factor<'a>,
+    /// Where the sums start.
+    pub(crate) start: Start<'a>,
+    /// C, its rows `n` apart.
+    pub(crate) c: Output<'a, E>,
+}
+
+/// Up to this many rows, the rows are shared and the tasks are panels of B.
+const FEW_ROWS: usize = 64;
+/// Tiles (1 KiB) of A that one task packs at a time: they stay in a quarter of a 2 MiB L2.
+const A_TILES: usize = 512;
+/// Most rows of A in one task.
+const TASK_ROWS: usize = 512;
+/// Tiles of B that are packed at a time.
+const B_TILES: usize = 4096;
+/// Longer sums into f32 go over blocks of terms, so that neither operand is packed whole.
+const LONG: usize = 2048;
+const LONG_BLOCK: usize = 2048;
+/// Below this many multiply-adds a fork costs more than it saves.
+const SERIAL_BELOW: usize = 1 << 18;
+
+thread_local! {
+    /// Packed operands, kept for the next product: fresh memory costs a page fault for every 4 KiB.
+    static SHARED: Cell<Vec<Tile>> = const { Cell::new(Vec::new()) };
+    static OWN: Cell<Vec<Tile>> = const { Cell::new(Vec::new()) };
+}
+
+/// Runs `work` on `tiles` tiles of a thread's buffer. The buffer is taken out meanwhile: rayon may start another product
+/// on this thread while this one waits.
+fn with_buffer<R>(
+    key: &'static std::thread::LocalKey<Cell<Vec<Tile>>>,
+    tiles: usize,
+    work: impl FnOnce(&mut [Tile]) -> R,
+) -> R {
+    let mut buffer = key.take();
+    if buffer.len() < tiles {
+        buffer.resize(tiles, Tile::ZERO);
+    }
+    let result = work(&mut buffer[..tiles]);
+    key.set(buffer);
+    result
+}
+
+/// Packs columns of B, `[k, n]`, over `ks`: the panels one after the other, by all threads.
+pub(super) fn pack_panels(from: &Operand, columns: Range<usize>, ks: Range<usize>, tiles: &mut [Tile]) {
+    let panel_len = panel_tiles(ks.len());
+    let panels = tiles.len().div_ceil(panel_len);
+    let tasks = if tiles.len() * 512 * 16 < SERIAL_BELOW { 1 } else { 4 * rayon::current_num_threads() };
+    let per_task = panels.div_ceil(tasks);
+    let pack = |(index, tiles): (usize, &mut [Tile])| {
+        let first = columns.start + index * per_task * LINES;
+        let lines = first..columns.end.min(first + per_task * LINES);
+        pack_lines(Side::Right, from, lines, ks.clone(), tiles);
+    };
+    if tasks == 1 {
+        pack((0, tiles));
+    } else {
+        tiles.par_chunks_mut(per_task * panel_len).enumerate().for_each(pack);
+    }
+}
+
+/// Computes the product; see the module for the order of arithmetic.
+///
+/// # Panics
+/// If a slice is too short (a bug of the caller: public kernels check shapes first).
+pub(crate) fn multiply<E: Stored>(p: Product<'_, E>) {
+    if p.m == 0 || p.n == 0 {
+        return;
+    }
+    assert!(p.c.len() == p.m * p.n, "bf16 product: length of C");
+    match p.start {
+        Start::Zero => {}
+        Start::Bias(bias) => assert!(bias.len() == p.n, "bf16 product: length of the bias"),
+        Start::Output => assert!(E::EXACT, "bf16 product: only f32 accumulates"),
+    }
+    if p.k == 0 {
+        return fill(&p);
+    }
+    p.a.check(p.m, p.k);
+    match p.b {
+        Factor::Plain(b) => b.check(p.n, p.k),
+        Factor::Packed(b) => assert!(b.columns == p.n && b.terms == p.k, "bf16 product: shape of the packed operand"),
+    }
+    let whole = Part { columns: 0..p.n, ks: 0..p.k, start: p.start };
+    if p.m <= FEW_ROWS { few_rows(&p, &whole) } else { many_rows(&p, whole) }
+}
+
+/// A product of no terms.
+fn fill<E: Stored>(p: &Product<'_, E>) {
+    for at in 0..p.m * p.n {
+        let value = match p.start {
+            Start::Zero => 0.0,
+            Start::Bias(bias) => bias[at % p.n],
+            Start::Output => return,
+        };
+        // SAFETY: C holds m × n elements.
+        unsafe { p.c.start().add(at).write(E::narrow(value)) };
+    }
+}
+
+/// Some columns and terms of a product.
+pub(super) struct Part<'a> {
+    pub(super) columns: Range<usize>,
+    pub(super) ks: Range<usize>,
+    pub(super) start: Start<'a>,
+}
+
+/// Runs tasks `0..count`, in parallel if the work is worth it.
+fn run(count: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
+    if count == 1 || work < SERIAL_BELOW {
+        (0..count).for_each(task)
+    } else {
+        (0..count).into_par_iter().for_each(task)
+    }
+}
+
+fn few_rows<E: Stored>(p: &Product<'_, E>, part: &Part) {
+    let panel_len = panel_tiles(p.k);
+    with_buffer(&SHARED, p.m.div_ceil(LINES) * panel_len, |a| {
+        for (row, panel) in (0..p.m).step_by(LINES).zip(a.chunks_mut(panel_len)) {
+            pack_panel(Side::Left, &p.a, row..p.m.min(row + LINES), 0..p.k, panel);
+        }
+        let a: &[Tile] = a;
+        let panels = p.n.div_ceil(LINES);
+        let per_task = panels.div_ceil(4 * rayon::current_num_threads()).max(1);
+        run(panels.div_ceil(per_task), p.m.max(8) * p.n * p.k, |task| {
+            let mut block = Block::few(p.m);
+            for panel in task * per_task..panels.min((task + 1) * per_task) {
+                let columns = panel * LINES..p.n.min((panel + 1) * LINES);
+                match p.b {
+                    Factor::Packed(b) => block.rows(p, part, a, 0..p.m, b.panel(columns.start), columns),
+                    Factor::Plain(b) => with_buffer(&OWN, panel_len, |tiles| {
+                        pack_panel(Side::Right, &b, columns.clone(), 0..p.k, tiles);
+                        block.rows(p, part, a, 0..p.m, tiles, columns);
+                    }),
+                }
+            }
+        });
+    });
+}
+
+fn many_rows<E: Stored>(p: &Product<'_, E>, mut part: Part<'_>) {
+    let b = match p.b {
+        Factor::Packed(b) => return all_rows(p, &part, &b.tiles),
+        Factor::Plain(b) => b,
+    };
+    let terms = if E::EXACT && p.k > LONG { LONG_BLOCK } else { p.k };
+    let width = (B_TILES / panel_tiles(terms)).max(1) * LINES;
+    for k in (0..p.k).step_by(terms) {
+        part.ks = k..p.k.min(k + terms);
+        if k > 0 {
+            part.start = Start::Output;
+        }
+        for column in (0..p.n).step_by(width) {
+            part.columns = column..p.n.min(column + width);
+            let tiles = part.columns.len().div_ceil(LINES) * panel_tiles(part.ks.len());
+            with_buffer(&SHARED, tiles, |tiles| {
+                pack_panels(&b, part.columns.clone(), part.ks.clone(), tiles);
+                all_rows(p, &part, tiles);
+            });
+        }
+    }
+}
+
+/// All rows times the packed columns of a part, in tasks of rows.
+fn all_rows<E: Stored>(p: &Product<'_, E>, part: &Part, b: &[Tile]) {
+    let panel_len = panel_tiles(part.ks.len());
+    let most = (A_TILES / panel_len).clamp(1, TASK_ROWS / LINES);
+    let (panels, threads) = (p.m.div_ceil(LINES), rayon::current_num_threads());
+    // As many tasks for each thread, two at least, and none with more rows than its L2 holds.
+    let tasks = panels.div_ceil(most).max(2 * threads).next_multiple_of(threads);
+    let per_task = panels.div_ceil(tasks) * LINES;
+    run(p.m.div_ceil(per_task), p.m * part.columns.len() * part.ks.len(), |task| {
+        some_rows(p, part, task * per_task..p.m.min((task + 1) * per_task), b);
+    });
+}
+
+/// The product with a right operand that was packed before, on this thread alone.
+///
+/// # Panics
+/// As [`multiply`].
+pub(crate) fn multiply_here<E: Stored>(p: Product<'_, E>) {
+    if p.m == 0 || p.n == 0 {
+        return;
+    }
+    assert!(p.c.len() == p.m * p.n, "bf16 product: length of C");
+    let Factor::Packed(b) = p.b else { panic!("bf16 product: right operand that is not packed") };
+    assert!(p.k > 0 && b.columns == p.n && b.terms == p.k, "bf16 product: shape of the packed operand");
+    p.a.check(p.m, p.k);
+    let part = Part { columns: 0..p.n, ks: 0..p.k, start: p.start };
+    some_rows(&p, &part, 0..p.m, &b.tiles);
+}
+
+/// Some rows times the packed columns of a part.
+fn some_rows<E: Stored>(p: &Product<'_, E>, part: &Part, rows: Range<usize>, b: &[Tile]) {
+    let panel_len = panel_tiles(part.ks.len());
+    let mut block = Block::new();
+    // Half a panel can be read where it lies too.
+    let direct = match block.path() {
+        Bf16Path::Amx if p.a.lies_in_tiles(rows.start, &part.ks) => rows.len() / 16 * 16,
+        _ => 0,
+    };
+    let (direct, rest) = (rows.start..rows.start + direct, rows.start + direct..rows.end);
+    with_buffer(&OWN, rest.len().div_ceil(LINES) * panel_len, |a| {
+        if !rest.is_empty() {
+            pack_lines(Side::Left, &p.a, rest.clone(), part.ks.clone(), a);
+        }
+        for (column, b) in part.columns.clone().step_by(LINES).zip(b.chunks(panel_len)) {
+            let columns = column..part.columns.end.min(column + LINES);
+            for row in direct.clone().step_by(LINES) {
+                let a = Left::InPlace(p.a.line(row, part.ks.start), p.a.stride());
+                block.tile(p, part, a, row..direct.end.min(row + LINES), b, columns.clone());
+            }
+            if !rest.is_empty() {
+                block.rows(p, part, a, rest.clone(), b, columns);
+            }
+        }
+    });
+}
