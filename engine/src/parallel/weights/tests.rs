@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
-use tandem_collective::Threads;
+use tandem_collective::{Tag, Threads};
 
 use super::*;
 use crate::model::families::read_spec;
@@ -40,7 +40,10 @@ fn weights_do_not_change_under_a_gather_that_nobody_has_fetched() {
                     assert!(matches!(change(2), Err(Error::WeightsInUse)), "{precision:?}");
                     // One that takes both leaves them free.
                     drop(weights.fetch(2, []).unwrap());
+                    // As the norm of the gradient does in a step: nobody reads any more.
+                    rank.barrier(Tag::new("all have read", 0)).unwrap();
                     change(2).unwrap();
+                    rank.barrier(Tag::new("all have changed", 0)).unwrap();
                     let fetched = weights.fetch(2, []).unwrap();
                     let whole = fetched.widened().unwrap();
                     assert!(with_slice(whole.flat(), |values| values.iter().all(|&value| value == 1.0)).unwrap());
