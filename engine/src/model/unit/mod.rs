@@ -73,7 +73,7 @@ pub enum Init {
 pub enum Shard {
     /// Every rank holds all of it.
     Replicated,
-    /// Cut along the outputs; `parts` fused projections are cut one by one.
+    /// Cut along the outputs, each of several fused projections by itself.
     Rows,
     /// Cut along the inputs.
     Columns,
