@@ -12,7 +12,7 @@ use tandem_engine::Model;
 use tandem_engine::model::export::{self, ExportOptions, SpecialIds};
 use tandem_engine::model::families::{self, RewardScale};
 use tandem_engine::model::import::{self, Opened};
-use tandem_engine::model::unit::{Head, SCORE};
+use tandem_engine::model::unit::{Head, SCORE, UnitId};
 use tandem_engine::model::{Blueprint, gguf};
 use tandem_kernels::rng::{Philox, Purpose};
 use tandem_kernels::slice::with_slice;
@@ -26,8 +26,6 @@ use crate::error::Result;
 const NO_TEMPLATE: &str = "none";
 /// Address of the scalar head's initial weights, away from those of the units.
 const SCORE_ADDRESS: u64 = u64::MAX;
-/// The unit of the embedding and the head.
-const ENDS: usize = 0;
 /// Elements digested at a time.
 const CHUNK: usize = 1 << 14;
 
@@ -96,7 +94,7 @@ impl LoadedModel {
         if !self.missing_score {
             return self;
         }
-        let blueprint = self.blueprint.amended(ENDS, move |ends| {
+        let blueprint = self.blueprint.amended(UnitId::Ends, move |ends| {
             let Some(slot) = ends.layout().slot(SCORE) else { return Ok(()) };
             let mut values = vec![0f32; slot.len()];
             let std = 1.0 / ((slot.len() + 1) as f64).sqrt();
@@ -111,7 +109,7 @@ impl LoadedModel {
     /// from one starts with.
     pub fn in_units_of_reward(self) -> Blueprint {
         let Some(scale) = self.reward_scale.filter(|scale| scale.std > 0.0) else { return self.blueprint };
-        self.blueprint.amended(ENDS, move |ends| {
+        self.blueprint.amended(UnitId::Ends, move |ends| {
             let score = ends.get(SCORE)?;
             Ok(score.slice_set(&(&score / scale.std)?.contiguous()?, 0, 0)?)
         })

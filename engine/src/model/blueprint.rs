@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::Model;
 use super::spec::ModelSpec;
-use super::unit::{Head, UnitBuffer, UnitLayout};
+use super::unit::{Head, UnitBuffer, UnitId, UnitLayout};
 use crate::parallel::Placement;
 use crate::{Error, Result};
 
@@ -38,9 +38,9 @@ impl Blueprint {
         Self::new(spec, head, move |layout| UnitBuffer::initial(layout, seed))
     }
 
-    /// The same model, to whose unit `index` `change` is done whenever it is made.
-    pub fn amended(self, index: usize, change: impl Fn(&UnitBuffer) -> Result<()> + Send + Sync + 'static) -> Self {
-        let (make, id) = (self.make, self.layouts[index].id);
+    /// The same model, to whose unit `id` `change` is done whenever it is made.
+    pub fn amended(self, id: UnitId, change: impl Fn(&UnitBuffer) -> Result<()> + Send + Sync + 'static) -> Self {
+        let make = self.make;
         let make = move |layout: &Arc<UnitLayout>| {
             let unit = make(layout)?;
             if layout.id == id {
