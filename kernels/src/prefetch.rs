@@ -18,6 +18,14 @@ pub(crate) fn prefetch_line<T>(at: *const T) {
     let _ = at;
 }
 
+/// Asks for the line at `at` to be written, which need not be memory of ours.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn prefetch_to_write<T>(at: *const T) {
+    // SAFETY: a hint that reads nothing, and does nothing on processors without it.
+    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly)) };
+}
+
 /// Asks for all of `values`.
 #[inline(always)]
 pub(crate) fn prefetch<T>(values: &[T]) {

@@ -4,8 +4,10 @@ use std::arch::asm;
 
 use half::bf16;
 
+use super::block::Ahead;
 use super::pack::Tile;
 use super::tile::Sums;
+use crate::prefetch::prefetch_to_write;
 
 /// Rows of A as tile loads find them; distances in bytes.
 #[derive(Clone, Copy)]
@@ -32,25 +34,24 @@ impl Lines {
     }
 }
 
-/// Lines that the sums will go to, asked for while the products run: a store that misses would hold up the next tile's.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    /// Row 0.
-    pub(super) start: *const u8,
-    /// From a row to the next, in bytes.
-    pub(super) stride: usize,
-}
-
 /// `sums = A·B` over whole steps of 32 terms, 32 × 32, or its first 16 rows if `rows` is no more.
 ///
 /// # Safety
 /// This thread must hold [`Tiles`](crate::amx::Tiles), and `a` have 32 rows, or 16 if `rows` is no more, of as many terms
 /// as `b`.
 pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums, ahead: Ahead) {
-    /// Steps that ask for lines, four each: all at once would wait for one another.
+    /// Steps that ask for lines, of four rows each: all at once would wait for one another.
     const ASKING: usize = 8;
+    const ROWS: usize = 4;
     let steps = b.len() / 2;
     assert!(steps > 0 && b.len().is_multiple_of(2));
+    // The last byte too: a row of C need not start with a cache line.
+    let (mut start, mut end) = (ahead.start, ahead.start.wrapping_add(ahead.line.saturating_sub(1)));
+    for _ in steps * ROWS..ASKING * ROWS {
+        prefetch_to_write(start);
+        prefetch_to_write(end);
+        (start, end) = (start.wrapping_add(ahead.stride), end.wrapping_add(ahead.stride));
+    }
     // SAFETY: each step reads two tiles of A, which the caller vouches for, and of B; `sums` holds 32 rows of 128 bytes.
     unsafe {
         if rows > 16 {
@@ -65,8 +66,12 @@ pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "prefetchw [{ahead}]", "prefetchw [{ahead} + {pace}]", "lea {ahead}, [{ahead} + 2*{pace}]",
-                "prefetchw [{ahead}]", "prefetchw [{ahead} + {pace}]", "lea {ahead}, [{ahead} + 2*{pace}]",
+                "prefetchw [{ahead}]", "prefetchw [{ahead} + {pace}]",
+                "prefetchw [{end}]", "prefetchw [{end} + {pace}]",
+                "lea {ahead}, [{ahead} + 2*{pace}]", "lea {end}, [{end} + 2*{pace}]",
+                "prefetchw [{ahead}]", "prefetchw [{ahead} + {pace}]",
+                "prefetchw [{end}]", "prefetchw [{end} + {pace}]",
+                "lea {ahead}, [{ahead} + 2*{pace}]", "lea {end}, [{end} + 2*{pace}]",
                 "add {a}, {step}", "add {second}, {step}", "add {b}, 2048", "dec {asking}", "jnz 2b",
                 "test {steps}, {steps}", "jz 4f",
                 "3:",
@@ -80,16 +85,16 @@ pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {a}, {step}", "add {second}, {step}", "add {b}, 2048", "dec {steps}", "jnz 3b",
                 "4:",
-                "tilestored [{c} + {pitch}*1], tmm0",
-                "tilestored [{c} + {pitch}*1 + 64], tmm1",
-                "tilestored [{c} + {pitch}*1 + 2048], tmm2",
-                "tilestored [{c} + {pitch}*1 + 2112], tmm3",
+                "tilestored [{c} + {line}*2], tmm0",
+                "tilestored [{c} + {line}*2 + 64], tmm1",
+                "tilestored [{c} + {line}*2 + 2048], tmm2",
+                "tilestored [{c} + {line}*2 + 2112], tmm3",
                 a = inout(reg) a.start => _, second = inout(reg) a.start.byte_add(a.half) => _,
                 b = inout(reg) b.as_ptr() => _,
                 asking = inout(reg) steps.min(ASKING) => _, steps = inout(reg) steps.saturating_sub(ASKING) => _,
-                ahead = inout(reg) ahead.start => _, pace = in(reg) ahead.stride,
+                ahead = inout(reg) start => _, end = inout(reg) end => _, pace = in(reg) ahead.stride,
                 stride = in(reg) a.stride, step = in(reg) a.step,
-                c = in(reg) sums.0.as_mut_ptr(), line = in(reg) 64usize, pitch = in(reg) 128usize,
+                c = in(reg) sums.0.as_mut_ptr(), line = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
@@ -104,11 +109,11 @@ pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums
                 "tileloadd tmm7, [{b} + {line}*1 + 1024]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "add {a}, {step}", "add {b}, 2048", "dec {steps}", "jnz 2b",
-                "tilestored [{c} + {pitch}*1], tmm0",
-                "tilestored [{c} + {pitch}*1 + 64], tmm1",
+                "tilestored [{c} + {line}*2], tmm0",
+                "tilestored [{c} + {line}*2 + 64], tmm1",
                 a = inout(reg) a.start => _, b = inout(reg) b.as_ptr() => _, steps = inout(reg) steps => _,
                 stride = in(reg) a.stride, step = in(reg) a.step,
-                c = in(reg) sums.0.as_mut_ptr(), line = in(reg) 64usize, pitch = in(reg) 128usize,
+                c = in(reg) sums.0.as_mut_ptr(), line = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );

@@ -28,6 +28,18 @@ impl<'a> Left<'a> {
     }
 }
 
+/// Where the sums after these will go: a store that misses holds up all that follow, so the lines are asked for one block
+/// earlier.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Row 0 of 32.
+    pub(super) start: *const u8,
+    /// From a row to the next, in bytes.
+    pub(super) stride: usize,
+    /// Bytes of a row, at most 128.
+    pub(super) line: usize,
+}
+
 /// What one task needs to compute tiles.
 pub(super) struct Block {
     path: Bf16Path,
@@ -82,11 +94,12 @@ impl Block {
         columns: Range<usize>,
     ) {
         for (row, a) in rows.clone().step_by(LINES).zip(a.chunks(b.len())) {
-            self.tile(p, part, Left::Packed(a), row..rows.end.min(row + LINES), b, columns.clone());
+            self.tile(p, part, Left::Packed(a), row..rows.end.min(row + LINES), b, columns.clone(), None);
         }
     }
 
-    /// At most 32 rows of A with all terms of the part, times one panel of B.
+    /// At most 32 rows of A with all terms of the part, times one panel of B; `next` is the corner (row, column) of what
+    /// is computed after it.
     pub(super) fn tile<E: Stored>(
         &mut self,
         p: &Product<'_, E>,
@@ -95,6 +108,7 @@ impl Block {
         rows: Range<usize>,
         b: &[Tile],
         columns: Range<usize>,
+        next: Option<(usize, usize)>,
     ) {
         /// Tiles of a whole block of terms.
         const TILES: usize = 2 * (K_BLOCK_BF16 / STEP);
@@ -106,12 +120,15 @@ impl Block {
             Start::Bias(bias) => Some(Base { start: bias[columns.clone()].as_ptr(), stride: 0 }),
             Start::Output => Some(Base { start: c.cast_const().cast(), stride: p.n }),
         };
+        let mut ahead = next.map(|(row, column)| Ahead {
+            start: p.c.start().wrapping_add(row * p.n + column).cast_const().cast(),
+            stride: p.n * size_of::<E>(),
+            line: size_of::<E>() * LINES,
+        });
         let last = b.len().div_ceil(TILES) - 1;
         for (index, b) in b.chunks(TILES).enumerate() {
-            // Asked for once; then a place that is there anyway.
-            let sums = std::ptr::from_ref(&self.sums).cast::<u8>();
-            let ahead = if index == 0 { (c.cast_const().cast(), p.n * size_of::<E>()) } else { (sums, 0) };
-            self.multiply(rows.len(), a.terms(index * TILES, b.len()), b, ahead);
+            // Asked for once.
+            self.multiply(rows.len(), a.terms(index * TILES, b.len()), b, ahead.take());
             if index > 0 && index < last {
                 tile::add(&mut self.totals, &self.sums);
                 continue;
@@ -131,10 +148,11 @@ impl Block {
         }
     }
 
-    /// `sums = A·B`; the rows at `_ahead`, so many bytes apart, are asked for meanwhile.
-    fn multiply(&mut self, rows: usize, a: Left<'_>, b: &[Tile], _ahead: (*const u8, usize)) {
+    /// `sums = A·B`; what lies `_ahead` is asked for meanwhile.
+    fn multiply(&mut self, rows: usize, a: Left<'_>, b: &[Tile], _ahead: Option<Ahead>) {
         #[cfg(target_arch = "x86_64")]
-        let ahead = super::amx::Ahead { start: _ahead.0, stride: _ahead.1 };
+        // Without: a place that is there anyway.
+        let ahead = _ahead.unwrap_or(Ahead { start: std::ptr::from_ref(&self.sums).cast(), stride: 0, line: 0 });
         let a = match a {
             Left::Packed(a) => {
                 assert!(a.len() == b.len());

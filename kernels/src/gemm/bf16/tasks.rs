@@ -53,8 +53,12 @@ pub(crate) struct Product<'a, E> {
 const FEW_ROWS: usize = 64;
 /// Tiles (1 KiB) of A that one task packs at a time: they stay in a quarter of a 2 MiB L2.
 const A_TILES: usize = 512;
+/// Tiles of B that all rows of a task go over before the next: as many.
+const B_TILES_AT_ONCE: usize = 512;
 /// Most rows of A in one task.
 const TASK_ROWS: usize = 512;
+/// Tasks for each thread, if there are rows enough: cores may differ in speed, and who is early takes from who is late.
+const TASKS_PER_THREAD: usize = 8;
 /// Tiles of B that are packed at a time.
 const B_TILES: usize = 4096;
 /// Longer sums into f32 go over blocks of terms, so that neither operand is packed whole.
@@ -154,7 +158,7 @@ fn run(count: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
     if count == 1 || work < SERIAL_BELOW {
         (0..count).for_each(task)
     } else {
-        (0..count).into_par_iter().for_each(task)
+        (0..count).into_par_iter().with_max_len(1).for_each(task)
     }
 }
 
@@ -210,10 +214,9 @@ fn many_rows<E: Stored>(p: &Product<'_, E>, mut part: Part<'_>) {
 fn all_rows<E: Stored>(p: &Product<'_, E>, part: &Part, b: &[Tile]) {
     let panel_len = panel_tiles(part.ks.len());
     let most = (A_TILES / panel_len).clamp(1, TASK_ROWS / LINES);
-    let (panels, threads) = (p.m.div_ceil(LINES), rayon::current_num_threads());
-    // As many tasks for each thread, two at least, and none with more rows than its L2 holds.
-    let tasks = panels.div_ceil(most).max(2 * threads).next_multiple_of(threads);
-    let per_task = panels.div_ceil(tasks) * LINES;
+    let panels = p.m.div_ceil(LINES);
+    // Two panels at least: their lines lie side by side where terms are far apart.
+    let per_task = panels.div_ceil(TASKS_PER_THREAD * rayon::current_num_threads()).max(2).min(most) * LINES;
     run(p.m.div_ceil(per_task), p.m * part.columns.len() * part.ks.len(), |task| {
         some_rows(p, part, task * per_task..p.m.min((task + 1) * per_task), b);
     });
@@ -245,18 +248,28 @@ fn some_rows<E: Stored>(p: &Product<'_, E>, part: &Part, rows: Range<usize>, b: 
         _ => 0,
     };
     let (direct, rest) = (rows.start..rows.start + direct, rows.start + direct..rows.end);
-    with_buffer(&OWN, rest.len().div_ceil(LINES) * panel_len, |a| {
+    with_buffer(&OWN, rest.len().div_ceil(LINES) * panel_len, |packed| {
         if !rest.is_empty() {
-            pack_lines(Side::Left, &p.a, rest.clone(), part.ks.clone(), a);
+            pack_lines(Side::Left, &p.a, rest.clone(), part.ks.clone(), packed);
         }
-        for (column, b) in part.columns.clone().step_by(LINES).zip(b.chunks(panel_len)) {
-            let columns = column..part.columns.end.min(column + LINES);
-            for row in direct.clone().step_by(LINES) {
-                let a = Left::InPlace(p.a.line(row, part.ks.start), p.a.stride());
-                block.tile(p, part, a, row..direct.end.min(row + LINES), b, columns.clone());
-            }
-            if !rest.is_empty() {
-                block.rows(p, part, a, rest.clone(), b, columns);
+        let lefts = direct.clone().step_by(LINES).map(|row| {
+            let left = Left::InPlace(p.a.line(row, part.ks.start), p.a.stride());
+            (left, row..direct.end.min(row + LINES))
+        });
+        let packed = rest.clone().step_by(LINES).zip(packed.chunks(panel_len));
+        let lefts: Vec<_> =
+            lefts.chain(packed.map(|(row, a)| (Left::Packed(a), row..rest.end.min(row + LINES)))).collect();
+        // A panel of A stays in L1 for all columns of a block, whose panels come from L2.
+        let width = (B_TILES_AT_ONCE / panel_len).max(1);
+        for (first, b) in part.columns.clone().step_by(width * LINES).zip(b.chunks(width * panel_len)) {
+            let places = lefts.iter().flat_map(|(left, rows)| {
+                let columns = (first..part.columns.end).step_by(LINES).zip(b.chunks(panel_len));
+                columns.map(move |(column, b)| (*left, rows, column, b))
+            });
+            let mut places = places.peekable();
+            while let Some((left, rows, column, b)) = places.next() {
+                let next = places.peek().map(|(_, rows, column, _)| (rows.start, *column));
+                block.tile(p, part, left, rows.clone(), b, column..part.columns.end.min(column + LINES), next);
             }
         }
     });
