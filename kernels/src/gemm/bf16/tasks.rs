@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::block::{Block, Left};
 use super::pack::{LINES, Operand, Side, Tile, pack_lines, pack_panel, panel_tiles};
 use super::tile::Stored;
-use super::{Bf16Path, PackedOperand};
+use super::{Bf16Path, K_BLOCK_BF16, PackedOperand};
 use crate::gemm::Output;
 
 /// The right operand of a product.
@@ -61,9 +61,8 @@ const TASK_ROWS: usize = 512;
 const TASKS_PER_THREAD: usize = 8;
 /// Tiles of B that are packed at a time.
 const B_TILES: usize = 4096;
-/// Longer sums into f32 go over blocks of terms, so that neither operand is packed whole.
-const LONG: usize = 2048;
-const LONG_BLOCK: usize = 2048;
+/// Longer sums into f32 go over blocks of terms: of 256 columns B stays in L2 for all rows.
+const LONG_BLOCK: usize = K_BLOCK_BF16;
 /// Below this many multiply-adds a fork costs more than it saves.
 const SERIAL_BELOW: usize = 1 << 18;
 
@@ -192,7 +191,7 @@ fn many_rows<E: Stored>(p: &Product<'_, E>, mut part: Part<'_>) {
         Factor::Packed(b) => return all_rows(p, &part, &b.tiles),
         Factor::Plain(b) => b,
     };
-    let terms = if E::EXACT && p.k > LONG { LONG_BLOCK } else { p.k };
+    let terms = if E::EXACT { p.k.min(LONG_BLOCK) } else { p.k };
     let width = (B_TILES / panel_tiles(terms)).max(1) * LINES;
     for k in (0..p.k).step_by(terms) {
         part.ks = k..p.k.min(k + terms);
