@@ -11,7 +11,7 @@ use tandem_kernels::mlp::{Activation, activation, gated, gated_backward};
 use tandem_kernels::norm::{
     add_rms_norm, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward, rms_norm_backward_add,
 };
-use tandem_kernels::optimizer::{AdamWConfig, adamw_slice, adamw_slice_bf16};
+use tandem_kernels::optimizer::{AdamWConfig, adamw_slice};
 use tandem_kernels::rng::{Philox, Purpose};
 use tandem_kernels::rope::{RopeTable, rope_qkv};
 use tandem_kernels::slice::{narrow_slice, to_bf16, widen_slice, with_slice_of};
@@ -94,9 +94,6 @@ fn bench_flat(c: &mut Criterion) {
     let config = AdamWConfig::default();
     measure(&mut group, "adamw", LEN * 28, || {
         adamw_slice(&mut param, &grad, &mut m, &mut v, 1e-9, 0.0, 9, 1.0, &config).unwrap();
-    });
-    measure(&mut group, "adamw and bf16 copy", LEN * 30, || {
-        adamw_slice_bf16(&mut param, &mut copy, &grad, &mut m, &mut v, 1e-9, 0.0, 9, 1.0, &config).unwrap();
     });
     measure(&mut group, "narrow", LEN * 6, || narrow_slice(&grad, &mut copy).unwrap());
     measure(&mut group, "widen", LEN * 6, || widen_slice(&copy, &mut m).unwrap());

@@ -1,10 +1,8 @@
 //! The update loops: parallel over fixed chunks, element by element independent.
 
-use half::bf16;
 use rayon::prelude::*;
 
 use super::AdamWConfig;
-use crate::element::Element;
 use crate::simd::{fma, simd_fn};
 
 /// Elements that one task updates: four streams of this length stay in the first-level cache's reach.
@@ -49,23 +47,6 @@ pub(super) fn adamw(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32
         .for_each(|((param, grad), (m, v))| adamw_chunk(param, grad, m, v, factors));
 }
 
-/// [`adamw`] that also writes the parameters in bf16.
-pub(super) fn adamw_bf16(
-    param: &mut [f32],
-    copy: &mut [bf16],
-    grad: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    factors: &Factors,
-) {
-    param
-        .par_chunks_mut(CHUNK)
-        .zip(copy.par_chunks_mut(CHUNK))
-        .zip(grad.par_chunks(CHUNK))
-        .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)))
-        .for_each(|(((param, copy), grad), (m, v))| adamw_bf16_chunk(param, copy, grad, m, v, factors));
-}
-
 pub(super) fn ema(target: &mut [f32], source: &[f32], rate: f32) {
     target
         .par_chunks_mut(CHUNK)
@@ -104,11 +85,6 @@ pub(super) fn apply(param: &mut [f32], m: &[f32], v: &[f32], lr: f64, eps: f64, 
 simd_fn! {
     fn adamw_chunk(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], factors: &Factors) = adamw_body;
 }
-simd_fn! {
-    fn adamw_bf16_chunk(
-        param: &mut [f32], copy: &mut [bf16], grad: &[f32], m: &mut [f32], v: &mut [f32], factors: &Factors,
-    ) = adamw_bf16_body;
-}
 simd_fn! { fn ema_chunk(target: &mut [f32], source: &[f32], rate: f32) = ema_body; }
 simd_fn! { fn sign_sgd_chunk(param: &mut [f32], sign: &[f32], keep: f32, lr: f32) = sign_sgd_body; }
 simd_fn! { fn momentum_chunk(m: &mut [f32], grad: &[f32], rate: f32, scale: f32) = momentum_body; }
@@ -118,32 +94,12 @@ simd_fn! { fn apply_chunk(param: &mut [f32], m: &[f32], v: &[f32], keep: f32, lr
 #[inline(always)]
 fn adamw_body<const FMA: bool>(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], factors: &Factors) {
     for (((param, &grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
-        adamw_element::<FMA>(param, grad, m, v, factors);
+        let grad = grad * factors.grad_scale;
+        *m = fma::<FMA>(factors.one_minus_beta1, grad - *m, *m);
+        *v = fma::<FMA>(factors.beta2, *v, factors.one_minus_beta2 * grad * grad);
+        let denominator = fma::<FMA>(v.sqrt(), factors.root_correction, factors.eps);
+        *param = fma::<FMA>(-factors.step_size, *m / denominator, *param * factors.keep);
     }
-}
-
-#[inline(always)]
-fn adamw_bf16_body<const FMA: bool>(
-    param: &mut [f32],
-    copy: &mut [bf16],
-    grad: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    factors: &Factors,
-) {
-    for ((((param, copy), &grad), m), v) in param.iter_mut().zip(copy).zip(grad).zip(m).zip(v) {
-        adamw_element::<FMA>(param, grad, m, v, factors);
-        *copy = Element::narrow(*param);
-    }
-}
-
-#[inline(always)]
-fn adamw_element<const FMA: bool>(param: &mut f32, grad: f32, m: &mut f32, v: &mut f32, factors: &Factors) {
-    let grad = grad * factors.grad_scale;
-    *m = fma::<FMA>(factors.one_minus_beta1, grad - *m, *m);
-    *v = fma::<FMA>(factors.beta2, *v, factors.one_minus_beta2 * grad * grad);
-    let denominator = fma::<FMA>(v.sqrt(), factors.root_correction, factors.eps);
-    *param = fma::<FMA>(-factors.step_size, *m / denominator, *param * factors.keep);
 }
 
 #[inline(always)]

@@ -8,7 +8,6 @@ mod cpu;
 pub mod onebit;
 
 use candle_core::Tensor;
-use half::bf16;
 
 use crate::error::check_dims;
 use crate::profile::{Class, time};
@@ -84,42 +83,15 @@ pub fn adamw_slice(
     config: &AdamWConfig,
 ) -> Result<()> {
     let _timer = time(Class::Optimizer, 0);
-    check_adamw("adamw_slice", param, grad, m, v, step)?;
+    const OP: &str = "adamw_slice";
+    if step == 0 {
+        return Err(Error::Value { op: OP, what: "step", expected: "at least 1", got: 0.0 });
+    }
+    check_len(OP, "grad", param, grad)?;
+    check_len(OP, "m", param, m)?;
+    check_len(OP, "v", param, v)?;
     cpu::adamw(param, grad, m, v, &cpu::Factors::new(lr, weight_decay, step, grad_scale, config));
     Ok(())
-}
-
-/// [`adamw_slice`] that also writes the updated parameters, rounded to nearest, to `copy`, in the same pass.
-///
-/// # Errors
-/// As [`adamw_slice`].
-pub fn adamw_slice_bf16(
-    param: &mut [f32],
-    copy: &mut [bf16],
-    grad: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    lr: f64,
-    weight_decay: f64,
-    step: u64,
-    grad_scale: f32,
-    config: &AdamWConfig,
-) -> Result<()> {
-    let _timer = time(Class::Optimizer, 0);
-    const OP: &str = "adamw_slice_bf16";
-    check_dims(OP, "copy", &[param.len()], &[copy.len()])?;
-    check_adamw(OP, param, grad, m, v, step)?;
-    cpu::adamw_bf16(param, copy, grad, m, v, &cpu::Factors::new(lr, weight_decay, step, grad_scale, config));
-    Ok(())
-}
-
-fn check_adamw(op: &'static str, param: &[f32], grad: &[f32], m: &[f32], v: &[f32], step: u64) -> Result<()> {
-    if step == 0 {
-        return Err(Error::Value { op, what: "step", expected: "at least 1", got: 0.0 });
-    }
-    check_len(op, "grad", param, grad)?;
-    check_len(op, "m", param, m)?;
-    check_len(op, "v", param, v)
 }
 
 /// `target ← target + (1 − decay)(source − target)`, in place: the exponential moving average of weights.
