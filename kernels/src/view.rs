@@ -139,7 +139,9 @@ impl<E: Element> Output<E> {
     pub(crate) fn chunks(&mut self, size: usize) -> impl IndexedParallelIterator<Item = &mut [E]> {
         let started = &self.started;
         started.store(0, Ordering::Relaxed);
-        self.values.spare_capacity_mut()[..self.len].par_chunks_mut(size.max(1)).map(|chunk| {
+        let chunks = self.values.spare_capacity_mut()[..self.len].par_chunks_mut(size.max(1));
+        // Few at a time: cores may differ in speed, and who is early takes from who is late.
+        chunks.with_max_len(4).map(|chunk| {
             chunk.fill(MaybeUninit::new(E::narrow(0.0)));
             started.fetch_add(chunk.len(), Ordering::Relaxed);
             // SAFETY: every element of the chunk was just written.

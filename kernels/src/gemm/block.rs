@@ -176,7 +176,7 @@ pub(super) fn pack_blocks(
     if columns * k < SERIAL_BELOW {
         panels.into_iter().for_each(pack);
     } else {
-        panels.into_par_iter().for_each(pack);
+        panels.into_par_iter().with_max_len(4).for_each(pack);
     }
 }
 
@@ -191,7 +191,8 @@ fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, c: Target<'_>, part: Part<'_>) {
     if tasks.len() == 1 || g.m * columns * part.k.1 < SERIAL_BELOW {
         tasks.iter().for_each(run);
     } else {
-        tasks.par_iter().for_each(run);
+        // Each can be taken by itself: cores may differ in speed.
+        tasks.par_iter().with_max_len(1).for_each(run);
     }
 }
 
@@ -199,7 +200,7 @@ fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, c: Target<'_>, part: Part<'_>) {
 fn tasks(m: usize, n: usize, kernel: &MicroKernel) -> Vec<Task> {
     let threads = rayon::current_num_threads();
     // Where one thread does it all, more tasks only pack more.
-    let wanted = if threads == 1 { 1 } else { 4 * threads };
+    let wanted = if threads == 1 { 1 } else { 8 * threads };
     let mut rows = even(m, TASK_ROWS, kernel.rows);
     let mut columns = even(n, if m <= FEW_ROWS { FEW_ROWS_COLUMNS } else { TASK_COLUMNS }, kernel.columns);
     while m.div_ceil(rows) * n.div_ceil(columns) < wanted {

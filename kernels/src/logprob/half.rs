@@ -56,7 +56,7 @@ pub(super) fn forward(head: &Head<bf16>, h: &[bf16], labels: &[u32]) -> Vec<Head
     for columns in head.tiles(TILE_COLUMNS) {
         w.fill(&Operand::along_k(head.weights(&columns), head.width), columns.len(), head.width);
         let rows = h.par_chunks(TASK_ROWS * head.width).zip(labels.par_chunks(TASK_ROWS));
-        partials.par_chunks_mut(TASK_ROWS).zip(rows).for_each(|(partials, (h, labels))| {
+        partials.par_chunks_mut(TASK_ROWS).with_max_len(1).zip(rows).for_each(|(partials, (h, labels))| {
             with_logits(head, &w, h, &columns, |logits| {
                 let rows = logits.chunks_exact(columns.len()).zip(labels);
                 for (seen, (logits, &label)) in partials.iter_mut().zip(rows) {
@@ -84,8 +84,12 @@ pub(super) fn backward(head: &Head<bf16>, h: &[bf16], rows: &RowGrads, mut dw: O
         for (chunk, (h, dh)) in h.chunks(TILE_ROWS * width).zip(dh.chunks_mut(TILE_ROWS * width)).enumerate() {
             let count = h.len() / width;
             let gradients = &mut gradients[..count * STRIDE];
-            gradients.par_chunks_mut(TASK_ROWS * STRIDE).zip(h.par_chunks(TASK_ROWS * width)).enumerate().for_each(
-                |(task, (gradients, h))| {
+            gradients
+                .par_chunks_mut(TASK_ROWS * STRIDE)
+                .with_max_len(1)
+                .zip(h.par_chunks(TASK_ROWS * width))
+                .enumerate()
+                .for_each(|(task, (gradients, h))| {
                     let first = chunk * TILE_ROWS + task * TASK_ROWS;
                     with_logits(head, &w, h, &columns, |logits| {
                         let pairs = logits.chunks_exact_mut(n).zip(gradients.chunks_exact_mut(STRIDE));
@@ -94,8 +98,7 @@ pub(super) fn backward(head: &Head<bf16>, h: &[bf16], rows: &RowGrads, mut dw: O
                             narrow_row(logits, &mut gradients[..n]);
                         }
                     });
-                },
-            );
+                });
             if let Some(dw) = dw.as_deref_mut() {
                 let a = Operand::across_k(gradients, STRIDE);
                 let b = Factor::Plain(Operand::across_k(h, width));
