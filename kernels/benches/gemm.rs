@@ -9,7 +9,7 @@ use std::time::Duration;
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tandem_kernels::gemm::{
-    PackedMatrix, linear, linear_f32, linear_input_grad, linear_packed_f32, linear_weight_grad,
+    PackedMatrix, linear, linear_f32, linear_input_grad, linear_packed_f32, linear_weight_grad, row_maxima,
 };
 
 #[global_allocator]
@@ -71,5 +71,33 @@ fn decoding(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, training, decoding);
+/// (name, outputs, inputs): the maps of SmolLM2's blocks.
+const BLOCK: [(usize, usize); 4] = [(960, 576), (576, 576), (3072, 576), (576, 1536)];
+/// Blocks that are read one after the other, as many as no second-level cache holds.
+const BLOCKS: usize = 30;
+
+/// All linear maps of SmolLM2-135M's blocks one after the other, in bf16 and in 8 bits: what a step of decoding reads.
+fn weights_only(c: &mut Criterion) {
+    let weights = || (0..BLOCKS).flat_map(|_| BLOCK).map(|(n, k)| random(n, k, DType::F32));
+    let bf16 = weights().map(|w| PackedMatrix::new(&w.to_dtype(DType::BF16).unwrap()).unwrap());
+    let int8 = weights().map(|w| PackedMatrix::int8(&w, &row_maxima(&w).unwrap()).unwrap());
+    let formats: [(&str, Vec<PackedMatrix>); 2] = [("bf16", bf16.collect()), ("int8", int8.collect())];
+    let mut group = c.benchmark_group("decode blocks");
+    group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(700));
+    for rows in [1, 8, 16, 32, 64, 512] {
+        for (name, weights) in &formats {
+            let x: Vec<Tensor> = weights.iter().map(|w| random(rows, w.dims()[1], DType::BF16)).collect();
+            group.bench_function(format!("{rows} rows {name}"), |b| {
+                b.iter(|| {
+                    for (x, w) in x.iter().zip(weights) {
+                        black_box(linear_packed_f32(black_box(x), w, None).unwrap());
+                    }
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, training, decoding, weights_only);
 criterion_main!(benches);

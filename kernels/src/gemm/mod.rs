@@ -29,7 +29,7 @@ use crate::{Error, Result};
 
 pub use bf16::{Bf16Path, K_BLOCK_BF16};
 pub(crate) use packed::packed;
-pub use packed::{PackedMatrix, linear_packed, linear_packed_f32};
+pub use packed::{PackedMatrix, linear_packed, linear_packed_f32, row_maxima};
 
 pub(crate) use bf16::{Factor, Operand, PackedOperand, Product, Start, Stored, multiply, multiply_here, narrow_row};
 pub(crate) use block::{Gemm, Right, gemm};

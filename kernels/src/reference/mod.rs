@@ -3,6 +3,7 @@
 //! Slices and plain loops; no blocking, no vectors, no threads.
 
 pub mod attention;
+pub mod gemm;
 pub mod logprob;
 pub mod mlp;
 pub mod norm;

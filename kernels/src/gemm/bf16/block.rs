@@ -7,7 +7,7 @@ use half::bf16;
 use super::pack::{LINES, STEP, Tile};
 use super::tasks::{Part, Product, Start};
 use super::tile::{self, Base, Stored, Sums};
-use super::{Bf16Path, K_BLOCK_BF16};
+use super::{Bf16Path, K_BLOCK_BF16, int8};
 
 /// 32 rows of A, or fewer.
 #[derive(Clone, Copy)]
@@ -42,14 +42,14 @@ pub(super) struct Ahead {
 
 /// What one task needs to compute tiles.
 pub(super) struct Block {
-    path: Bf16Path,
-    sums: Sums,
-    totals: Sums,
+    pub(super) path: Bf16Path,
+    pub(super) sums: Sums,
+    pub(super) totals: Sums,
     /// Whether there are a few rows, and B comes from far away.
     #[cfg(target_arch = "x86_64")]
     is_few: bool,
     #[cfg(target_arch = "x86_64")]
-    tiles: Option<crate::amx::Tiles>,
+    pub(super) tiles: Option<crate::amx::Tiles>,
 }
 
 impl Block {
@@ -116,7 +116,7 @@ impl Block {
         // SAFETY: rows and columns of C, whose length `multiply` checked.
         let c = unsafe { p.c.start().add(rows.start * p.n + columns.start) };
         let mut base = match part.start {
-            Start::Zero => None,
+            Start::Zero | Start::Scaled(..) => None,
             Start::Bias(bias) => Some(Base { start: bias[columns.clone()].as_ptr(), stride: 0 }),
             Start::Output => Some(Base { start: c.cast_const().cast(), stride: p.n }),
         };
@@ -135,6 +135,14 @@ impl Block {
             }
             if index > 0 {
                 base = Some(Base { start: self.totals.0.as_ptr(), stride: LINES });
+            }
+            if let (Start::Scaled(scales, bias), true) = (part.start, index == last) {
+                let before = (index > 0).then_some(&self.totals);
+                let (scales, bias) = (&scales[columns.clone()], bias.map(|bias| &bias[columns.clone()]));
+                let scaled = int8::Scaled { scales, bias, before };
+                // SAFETY: the corner has these rows and columns, which no other task writes.
+                unsafe { int8::store(self.path, &self.sums, rows.len(), scaled, c, p.n) };
+                continue;
             }
             // SAFETY: the corner has these rows and columns, which no other task writes; so have the bias, and the
             // totals, whose rows are 32 sums.

@@ -14,6 +14,7 @@ mod amx;
 mod block;
 #[cfg(target_arch = "x86_64")]
 mod few;
+mod int8;
 mod pack;
 mod path;
 mod tasks;
@@ -23,6 +24,7 @@ use half::bf16;
 
 pub use path::Bf16Path;
 
+pub(crate) use int8::{Int8Operand, row_maxima};
 pub(crate) use pack::Operand;
 pub(crate) use tasks::{Factor, Product, Start, multiply, multiply_here};
 pub(crate) use tile::{Stored, narrow_row};

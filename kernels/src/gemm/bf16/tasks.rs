@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::block::{Block, Left};
 use super::pack::{LINES, Operand, Side, Tile, pack_lines, pack_panel, panel_tiles};
 use super::tile::Stored;
-use super::{Bf16Path, K_BLOCK_BF16, PackedOperand};
+use super::{Bf16Path, Int8Operand, K_BLOCK_BF16, PackedOperand};
 use crate::gemm::Output;
 
 /// The right operand of a product.
@@ -18,6 +18,8 @@ pub(crate) enum Factor<'a> {
     Plain(Operand<'a>),
     /// Packed before.
     Packed(&'a PackedOperand),
+    /// Integers, with [`Start::Scaled`].
+    Int8(&'a Int8Operand),
 }
 
 /// What a product is added to.
@@ -29,6 +31,8 @@ pub(crate) enum Start<'a> {
     Bias(&'a [f32]),
     /// What C holds; f32 only.
     Output,
+    /// Nothing: the sums of each column are multiplied with its scale, then its bias is added.
+    Scaled(&'a [f32], Option<&'a [f32]>),
 }
 
 /// `C[m, n] = start + A[m, k] · B[k, n]`.
@@ -119,6 +123,12 @@ pub(crate) fn multiply<E: Stored>(p: Product<'_, E>) {
         Start::Zero => {}
         Start::Bias(bias) => assert!(bias.len() == p.n, "bf16 product: length of the bias"),
         Start::Output => assert!(E::EXACT, "bf16 product: only f32 accumulates"),
+        Start::Scaled(scales, bias) => {
+            assert!(
+                scales.len() == p.n && bias.is_none_or(|bias| bias.len() == p.n),
+                "bf16 product: length of the scales"
+            );
+        }
     }
     if p.k == 0 {
         return fill(&p);
@@ -127,6 +137,7 @@ pub(crate) fn multiply<E: Stored>(p: Product<'_, E>) {
     match p.b {
         Factor::Plain(b) => b.check(p.n, p.k),
         Factor::Packed(b) => assert!(b.columns == p.n && b.terms == p.k, "bf16 product: shape of the packed operand"),
+        Factor::Int8(b) => assert!(b.dims() == [p.n, p.k], "bf16 product: shape of the integers"),
     }
     let whole = Part { columns: 0..p.n, ks: 0..p.k, start: p.start };
     if p.m <= FEW_ROWS { few_rows(&p, &whole) } else { many_rows(&p, whole) }
@@ -136,8 +147,8 @@ pub(crate) fn multiply<E: Stored>(p: Product<'_, E>) {
 fn fill<E: Stored>(p: &Product<'_, E>) {
     for at in 0..p.m * p.n {
         let value = match p.start {
-            Start::Zero => 0.0,
-            Start::Bias(bias) => bias[at % p.n],
+            Start::Zero | Start::Scaled(_, None) => 0.0,
+            Start::Bias(bias) | Start::Scaled(_, Some(bias)) => bias[at % p.n],
             Start::Output => return,
         };
         // SAFETY: C holds m × n elements.
@@ -180,18 +191,41 @@ fn few_rows<E: Stored>(p: &Product<'_, E>, part: &Part) {
                         pack_panel(Side::Right, &b, columns.clone(), 0..p.k, tiles);
                         block.rows(p, part, a, 0..p.m, tiles, columns);
                     }),
+                    Factor::Int8(b) => few_int8(p, part, &mut block, a, b, columns),
                 }
             }
         });
     });
 }
 
+/// A few rows times one panel of integers.
+fn few_int8<E: Stored>(
+    p: &Product<'_, E>,
+    part: &Part,
+    block: &mut Block,
+    a: &[Tile],
+    b: &Int8Operand,
+    columns: Range<usize>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Start::Scaled(scales, bias), true) = (part.start, p.m <= LINES)
+        && block.few_int8(p, a, b.panel(columns.start), (scales, bias), columns.clone())
+    {
+        return;
+    }
+    with_buffer(&OWN, a.len() / p.m.div_ceil(LINES), |tiles| {
+        b.widen_panel(columns.start, tiles);
+        block.rows(p, part, a, 0..p.m, tiles, columns);
+    });
+}
+
 fn many_rows<E: Stored>(p: &Product<'_, E>, mut part: Part<'_>) {
-    let b = match p.b {
-        Factor::Packed(b) => return all_rows(p, &part, &b.tiles),
-        Factor::Plain(b) => b,
-    };
-    let terms = if E::EXACT { p.k.min(LONG_BLOCK) } else { p.k };
+    if let Factor::Packed(b) = p.b {
+        return all_rows(p, &part, &b.tiles);
+    }
+    // Sums that are to be scaled have to be whole.
+    let in_blocks = E::EXACT && matches!(p.b, Factor::Plain(_));
+    let terms = if in_blocks { p.k.min(LONG_BLOCK) } else { p.k };
     let width = (B_TILES / panel_tiles(terms)).max(1) * LINES;
     for k in (0..p.k).step_by(terms) {
         part.ks = k..p.k.min(k + terms);
@@ -202,7 +236,11 @@ fn many_rows<E: Stored>(p: &Product<'_, E>, mut part: Part<'_>) {
             part.columns = column..p.n.min(column + width);
             let tiles = part.columns.len().div_ceil(LINES) * panel_tiles(part.ks.len());
             with_buffer(&SHARED, tiles, |tiles| {
-                pack_panels(&b, part.columns.clone(), part.ks.clone(), tiles);
+                match p.b {
+                    Factor::Plain(b) => pack_panels(&b, part.columns.clone(), part.ks.clone(), tiles),
+                    Factor::Int8(b) => b.widen_panels(&part.columns, tiles),
+                    Factor::Packed(_) => unreachable!("packed before"),
+                }
                 all_rows(p, &part, tiles);
             });
         }
