@@ -111,6 +111,32 @@ pub enum Error {
         /// The name asked for.
         name: String,
     },
+    /// A weight that 8 bits cannot stand for.
+    #[error(
+        "row {row} of {name} in unit {unit} has the largest magnitude {value}, which no 8 bits stand for: the weights are \
+         damaged, take others or repeat the training that they come from"
+    )]
+    Int8Weight {
+        /// The unit.
+        unit: UnitId,
+        /// The parameter.
+        name: &'static str,
+        /// Its row.
+        row: usize,
+        /// The largest magnitude in it.
+        value: f32,
+    },
+    /// Weights cannot be kept in 8 bits so.
+    #[error("{0}")]
+    Int8(String),
+    /// A matrix that is kept in 8 bits was to be read or trained.
+    #[error("{name} of unit {unit} is kept in 8 bits: it can be multiplied with, and not be trained or read otherwise")]
+    KeptInt8 {
+        /// The unit.
+        unit: UnitId,
+        /// The parameter.
+        name: &'static str,
+    },
     /// A flat buffer has another length than its layout.
     #[error("unit {unit}: its flat buffer must have {expected} elements, got {got}")]
     BufferLength {

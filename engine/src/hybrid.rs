@@ -8,6 +8,7 @@ use crate::batch::{MicroBatch, Packed};
 use crate::generate::{CacheSize, Completion, KvCache, OnToken, Request, SamplingKey, Scheduler};
 use crate::model::{Dropout, LogProbs, Model, Recompute};
 use crate::parallel::{Gradients, Placement};
+use crate::precision::WeightFormat;
 use crate::train::{Optimizer, OptimizerConfig, StepOutcome, schedule};
 use crate::{Error, Result};
 
@@ -39,11 +40,14 @@ pub struct SwitchConfig {
     pub pin_parameters: bool,
     /// Units that are brought to their new layout at once.
     pub gather_units: usize,
+    /// What the linear maps of the copy that generates are kept in. In 8 bits there is always a copy, made anew at each switch,
+    /// and what is recorded while sampling are its log-probabilities, not those of the model that is trained.
+    pub weights: WeightFormat,
 }
 
 impl Default for SwitchConfig {
     fn default() -> Self {
-        Self { release_inference_cache: true, pin_parameters: false, gather_units: 8 }
+        Self { release_inference_cache: true, pin_parameters: false, gather_units: 8, weights: WeightFormat::Precision }
     }
 }
 
@@ -52,7 +56,7 @@ impl Default for SwitchConfig {
 /// Where the layout of training can generate, switching copies nothing: generation reads the training weights themselves.
 /// Elsewhere the switch brings every unit, a few at a time, to the tensor-parallel layout of generation; the weights of
 /// training stay where they are, and switching back drops the copy. A model with adapters always generates with such a copy,
-/// into which the adapters are merged; they and the base stay as they are.
+/// into which the adapters are merged; they and the base stay as they are. So does one that generates in 8 bits.
 #[derive(Debug)]
 pub struct Engine<Mode> {
     model: Model,
@@ -90,7 +94,8 @@ impl<Mode> Engine<Mode> {
     }
 
     /// Log-probabilities of the model as it is trained, the same in both modes; see [`Model::log_probs`]. Those of a model with
-    /// adapters differ by rounding from those recorded while sampling, for which the adapters are merged.
+    /// adapters differ by rounding from those recorded while sampling, for which the adapters are merged, and those recorded
+    /// by a copy in 8 bits by what these leave out.
     ///
     /// # Errors
     /// As [`Model::log_probs`].
@@ -287,13 +292,13 @@ impl Engine<Train> {
         let Train { grads, copy, cache, .. } = self.mode;
         drop(grads);
         let mut allocated_bytes = 0;
-        let (model, moved_bytes) = if self.model.generates_in_place() {
+        let weights = self.switching.weights;
+        let (model, moved_bytes) = if weights == WeightFormat::Precision && self.model.generates_in_place() {
             (self.model.clone(), 0)
         } else {
             let is_new = copy.is_none();
-            let (model, moved) = self.model.inference_copy(copy, self.switching.gather_units)?;
-            let elements: usize = model.layouts().iter().map(|layout| layout.len()).sum();
-            allocated_bytes += if is_new { (model.precision().bytes() * elements) as u64 } else { 0 };
+            let (model, moved) = self.model.inference_copy(copy, self.switching.gather_units, weights)?;
+            allocated_bytes += if is_new { model.computed_bytes()? as u64 } else { 0 };
             (model, moved)
         };
         let cache = match cache.filter(|cache| cache.holds(size)) {
@@ -339,7 +344,8 @@ impl Engine<Generate> {
         let start = Instant::now();
         let Self { model, optimizer, placement, switching, mode: Generate { model: copy, cache } } = self;
         copy.keep_packed(false);
-        let copy = (switching.pin_parameters && !model.generates_in_place()).then_some(copy);
+        let is_reusable = switching.weights == WeightFormat::Precision && !model.generates_in_place();
+        let copy = (switching.pin_parameters && is_reusable).then_some(copy);
         let cache = (!switching.release_inference_cache).then_some(cache);
         let grads = Gradients::new(&placement, &model.trained_layouts())?;
         let allocated_bytes = grads.size_bytes();

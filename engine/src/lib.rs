@@ -19,4 +19,4 @@ pub use error::{Error, Result};
 pub use hybrid::{Engine, Generate, SwitchConfig, SwitchReport, Train};
 pub use model::lora::{self, LoraConfig};
 pub use model::{Dropout, LogProbs, Model, Recompute};
-pub use precision::Precision;
+pub use precision::{Precision, WeightFormat};

@@ -12,7 +12,8 @@ use tandem_engine::model::spec::{Family, ModelSpec, NormKind, PositionKind};
 use tandem_engine::model::unit::{Head, UnitLayout};
 use tandem_engine::parallel::{Parallel, ParallelConfig, Placement, ZeroStage};
 use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
-use tandem_engine::{Engine, MicroBatch, Packed, Precision, Recompute};
+use tandem_engine::{Engine, MicroBatch, Packed, Precision, Recompute, WeightFormat};
+use tandem_kernels::gemm::PackedMatrix;
 use tandem_kernels::mlp::Activation;
 
 /// Counts the bytes that the whole process holds.
@@ -181,4 +182,34 @@ fn a_rank_takes_its_part_a_unit_at_a_time() {
     // A tenth for layouts, tables and threads.
     let most = 4.0 * (all / world + largest) as f64 * 1.1;
     assert!(peak <= most, "{peak} bytes at the peak of loading, {most} expected, {} are all", 4 * all);
+}
+
+/// The linear maps of blocks are there in 8 bits and a scale for each row, all else in bf16, and nothing is there twice.
+#[test]
+fn a_model_in_8_bits_holds_nothing_beside_them() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let layouts = UnitLayout::all(&spec(), Head::Language);
+    let block = layouts[1].params.iter().map(|slot| match slot.shape[..] {
+        [n, k] => PackedMatrix::int8_bytes(n, k),
+        _ => 2 * slot.len(),
+    });
+    let expected = 2 * layouts[0].len() + spec().layers * block.sum::<usize>();
+    let place = |weights| {
+        let before = HELD.load(Ordering::SeqCst);
+        let placement = Placement { precision: Precision::Bf16, is_frozen: true, weights, ..Placement::solo() };
+        let model = Blueprint::initial(spec(), Head::Language, 1).place(&placement).unwrap();
+        let held = HELD.load(Ordering::SeqCst) - before;
+        // A pass makes nothing more of them.
+        model.log_probs(&Packed::from_sequences([[1u32, 2, 3]]), &[0, 1], &[2, 3]).unwrap();
+        (held as f64, model)
+    };
+    let (held, model) = place(WeightFormat::Int8);
+    assert_eq!((model.weight_format(), model.computed_bytes().unwrap()), (WeightFormat::Int8, expected));
+    let ratio = held / expected as f64;
+    println!("{held:.0} bytes, {ratio:.3} of the formula");
+    // Layouts, tables of angles and names are there too.
+    assert!((1.0..=1.1).contains(&ratio), "{held:.0} bytes, {ratio:.3} of {expected}");
+    let (bf16, model) = place(WeightFormat::Precision);
+    assert_eq!(model.computed_bytes().unwrap(), 2 * layouts.iter().map(UnitLayout::len).sum::<usize>());
+    assert!(held < 0.6 * bf16, "{held} bytes in 8 bits, {bf16} in bf16");
 }

@@ -53,7 +53,8 @@ pub struct ExperienceRow {
     pub prompt_ids: Vec<u32>,
     /// The response, with its end-of-sequence token if it has one.
     pub response_ids: Vec<u32>,
-    /// Log-probability of each response token under the policy that sampled it, nats, at temperature 1.
+    /// Log-probability of each response token under the policy that sampled it, nats, at temperature 1; where a copy of the
+    /// policy in another number format has sampled, under the policy itself.
     pub logp: Vec<f32>,
     /// The same under the reference model.
     pub ref_logp: Vec<f32>,

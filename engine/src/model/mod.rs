@@ -32,7 +32,7 @@ pub use pass::Dropout;
 pub use trace::{Recompute, Trace};
 
 use crate::parallel::{Fetched, Group, Parallel, Weights};
-use crate::precision::Precision;
+use crate::precision::{Precision, WeightFormat};
 use crate::{Error, Packed, Result};
 use block::Block;
 use ends::Ends;
@@ -167,17 +167,36 @@ impl Model {
         Ok(self)
     }
 
-    /// The same weights, whole on this rank, kept in `precision` only: for models that are not trained.
+    /// The same weights, whole on this rank, kept in `precision` only, or the linear maps of blocks in `weights`: for models
+    /// that are not trained.
     ///
     /// # Errors
-    /// If the memory cannot be had.
-    pub fn frozen(mut self, precision: Precision) -> Result<Self> {
+    /// If the memory cannot be had, or the weights cannot be kept so.
+    pub fn frozen(mut self, precision: Precision, weights: WeightFormat) -> Result<Self> {
+        weights.check(precision)?;
         if precision == Precision::F32 {
             return Ok(self);
         }
-        let narrowed = self.units()?.iter().map(UnitBuffer::narrowed).collect::<Result<_>>()?;
-        self.weights = Weights::solo(narrowed, precision);
+        let kept = |unit: &UnitBuffer| match weights {
+            WeightFormat::Precision => unit.narrowed(),
+            WeightFormat::Int8 => unit.quantised(&self.tensor),
+        };
+        let kept = self.units()?.iter().map(kept).collect::<Result<_>>()?;
+        self.weights = Weights::solo(kept, precision);
         Ok(self)
+    }
+
+    /// What the linear maps of its blocks are kept in.
+    pub fn weight_format(&self) -> WeightFormat {
+        self.weights.format()
+    }
+
+    /// Bytes of the weights that this rank has whole, as passes compute with them; without adapters.
+    ///
+    /// # Errors
+    /// If ranks have lost each other.
+    pub fn computed_bytes(&self) -> Result<usize> {
+        (0..=self.spec.layers).map(|index| Ok(self.weights.fetch(index, None)?.size_bytes())).sum()
     }
 
     /// What passes compute in.

@@ -10,7 +10,7 @@ use super::Model;
 use super::spec::ModelSpec;
 use super::unit::{Content, Cut, Head, UnitBuffer, UnitId, UnitLayout, from_whole, to_whole};
 use crate::parallel::{Distributed, Holding, Parallel, Placement, Weights, blocks_of_stage, layouts_of};
-use crate::precision::Precision;
+use crate::precision::{Precision, WeightFormat};
 use crate::{Error, Result};
 
 impl Model {
@@ -105,11 +105,12 @@ impl Model {
 
     /// The model laid out for generation: whole units, cut for the ranks that generate together, adapters merged. Returns it
     /// with the bytes that came from other ranks. `room` is the copy made at an earlier switch, if it was kept; `portion` units are brought
-    /// at once.
+    /// at once, and the linear maps of blocks are kept in `format`.
     ///
     /// # Errors
-    /// If ranks have lost each other or the memory cannot be had.
-    pub fn inference_copy(&self, room: Option<Model>, portion: usize) -> Result<(Model, u64)> {
+    /// If ranks have lost each other, the memory cannot be had or the weights cannot be kept so.
+    pub fn inference_copy(&self, room: Option<Model>, portion: usize, format: WeightFormat) -> Result<(Model, u64)> {
+        format.check(self.precision())?;
         let parallel = &self.parallel;
         let size = parallel.inference.size();
         let cut_of = |rank: usize| Cut::share(parallel.tensor_lanes, size, rank % size);
@@ -130,7 +131,10 @@ impl Model {
             self.distributed(weights, content, &read).transfer(units, needed, targets, portion)
         };
         let content = Content::Weights(self.head);
-        let (units, precision) = (self.inference_room(room, &layouts(&content))?, self.precision());
+        let (all_layouts, precision) = (layouts(&content), self.precision());
+        let is_int8 = format == WeightFormat::Int8;
+        // What is kept in 8 bits is made anew each time.
+        let mut units = if is_int8 { Vec::new() } else { self.inference_room(room, &all_layouts)? };
         let (all, portion) = (0..self.spec.layers + 1, portion.max(1));
         let mut moved = 0;
         for first in all.clone().step_by(portion) {
@@ -139,8 +143,7 @@ impl Model {
             for unit in some.clone() {
                 // What is to be rounded comes in f32 first, as adapters are merged before.
                 let is_f32 = precision == Precision::F32;
-                targets[unit] =
-                    Some(if is_f32 { units[unit].clone() } else { UnitBuffer::zeros(units[unit].layout())? });
+                targets[unit] = Some(if is_f32 { units[unit].clone() } else { UnitBuffer::zeros(&all_layouts[unit])? });
             }
             moved += bring(&self.weights, &content, some.clone(), &targets)?;
             if let Some(adapters) = &self.adapters {
@@ -156,7 +159,11 @@ impl Model {
                     pair.map_or(Ok(()), |(unit, adapter)| adapters.merge(&self.spec, unit, adapter))?;
                 }
             }
-            if precision != Precision::F32 {
+            if is_int8 {
+                for wide in targets.into_iter().flatten() {
+                    units.push(wide.quantised(&parallel.inference)?);
+                }
+            } else if precision != Precision::F32 {
                 for unit in some {
                     targets[unit].as_ref().map_or(Ok(()), |wide| units[unit].narrow_from(wide))?;
                 }

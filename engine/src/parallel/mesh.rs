@@ -9,7 +9,7 @@ use tandem_collective::Collective;
 use super::Group;
 use super::slice::Offload;
 use crate::model::unit::Cut;
-use crate::precision::Precision;
+use crate::precision::{Precision, WeightFormat};
 use crate::{Error, Result};
 
 /// Sizes of the three ways to share work.
@@ -273,6 +273,8 @@ pub struct Placement {
     pub precision: Precision,
     /// Whether the weights are never trained, so that whole ones are kept in `precision` only.
     pub is_frozen: bool,
+    /// What the linear maps of weights that are never trained are kept in.
+    pub weights: WeightFormat,
     /// What stays sliced.
     pub stage: ZeroStage,
     /// Units of up to this many elements are kept whole in stage 3.
@@ -299,6 +301,7 @@ impl Placement {
             parallel,
             precision: Precision::F32,
             is_frozen: false,
+            weights: WeightFormat::Precision,
             stage,
             persistence_threshold: 0,
             prefetch_units: 1,

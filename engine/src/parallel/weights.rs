@@ -13,7 +13,7 @@ use super::slice::{Offload, SliceBuffer, Slicing};
 use super::whole::Whole;
 use super::{Parallel, Placement, ZeroStage, words};
 use crate::model::unit::{UnitBuffer, UnitLayout};
-use crate::precision::Precision;
+use crate::precision::{Precision, WeightFormat};
 use crate::{Error, Result};
 
 /// The weights of a model's units, in order. Clones share them.
@@ -91,11 +91,20 @@ impl Weights {
         mut unit: impl FnMut(&Arc<UnitLayout>) -> Result<UnitBuffer>,
     ) -> Result<Self> {
         let data = &placement.parallel.data;
-        if placement.stage < ZeroStage::Three || data.is_solo() {
+        let format = if placement.is_frozen { placement.weights } else { WeightFormat::Precision };
+        format.check(placement.precision)?;
+        let is_whole = placement.stage < ZeroStage::Three || data.is_solo();
+        if format == WeightFormat::Int8 && !is_whole {
+            let problem =
+                "weights of 8 bits are kept whole; take zero_stage 0, or keep slices in the precision of the run";
+            return Err(Error::Int8(problem.into()));
+        }
+        if is_whole {
             let is_narrow = placement.is_frozen && placement.precision != Precision::F32;
-            let whole = layouts.iter().map(|layout| match is_narrow {
-                true => unit(layout)?.narrowed(),
-                false => padded(unit(layout)?, slicing(layout, placement)),
+            let whole = layouts.iter().map(|layout| match (format, is_narrow) {
+                (WeightFormat::Int8, _) => unit(layout)?.quantised(&placement.parallel.tensor),
+                (WeightFormat::Precision, true) => unit(layout)?.narrowed(),
+                (WeightFormat::Precision, false) => padded(unit(layout)?, slicing(layout, placement)),
             });
             return Ok(Weights::Whole(Arc::new(Whole::new(whole.collect::<Result<_>>()?, placement.precision))));
         }
@@ -136,6 +145,14 @@ impl Weights {
         match self {
             Weights::Whole(whole) => whole.precision(),
             Weights::Sliced(sliced) => sliced.precision,
+        }
+    }
+
+    /// What linear maps are kept in.
+    pub(crate) fn format(&self) -> WeightFormat {
+        match self {
+            Weights::Whole(whole) if whole.masters().iter().any(UnitBuffer::is_int8) => WeightFormat::Int8,
+            Weights::Whole(_) | Weights::Sliced(_) => WeightFormat::Precision,
         }
     }
 

@@ -3,7 +3,7 @@
 use tandem_engine::generate::{CacheSize, Request, SamplingKey};
 use tandem_engine::model::unit::{Head, UnitLayout};
 use tandem_engine::parallel::{ParallelConfig, Placement, ZeroStage};
-use tandem_engine::{Engine, LogProbs, Model, Packed, SwitchConfig};
+use tandem_engine::{Engine, LogProbs, Model, Packed, SwitchConfig, WeightFormat};
 use tandem_kernels::sample::SamplingParams;
 
 use crate::adapted::{FAMILIES, adapted, all_bits, base, batch, bits, config};
@@ -43,7 +43,7 @@ fn merged_weights_compute_what_adapters_do() {
                 let (batch, rows, labels) = batch(model.spec().vocab_size, &[3, 17, 8, 1]);
                 let separate = model.log_probs(&batch, &rows, &labels).unwrap();
                 let without = model.base().log_probs(&batch, &rows, &labels).unwrap();
-                let (copy, _) = model.inference_copy(None, 2).unwrap();
+                let (copy, _) = model.inference_copy(None, 2, WeightFormat::Precision).unwrap();
                 let merged = copy.log_probs(&batch, &rows, &labels).unwrap();
                 assert_near(&merged, &separate, &format!("{family} {layout:?}"));
                 let moved = (merged.logp - without.logp).unwrap().abs().unwrap().max(0).unwrap();
@@ -68,7 +68,7 @@ fn every_layout_merges_to_the_same_bits() {
                 let placement = layout.placement(&world).unwrap();
                 let model = adapted(base(family).place(&placement).unwrap(), &config(4, 0.0), &placement).unwrap();
                 let exported = all_bits(&model, |index| model.whole_unit(index));
-                let (copy, _) = model.inference_copy(None, 1).unwrap();
+                let (copy, _) = model.inference_copy(None, 1, WeightFormat::Precision).unwrap();
                 (exported, copy.units().unwrap(), copy.layouts())
             });
             assert!(found[0].0 == expected, "{family} {layout:?}: exported weights differ");

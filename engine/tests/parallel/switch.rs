@@ -130,10 +130,13 @@ fn moment_bits(engine: &Engine<Train>) -> Vec<u32> {
 }
 
 fn switches_change_no_bit(precision: Precision, switches: usize) {
-    for (stage, switching) in [
-        (ZeroStage::Three, SwitchConfig::default()),
-        (ZeroStage::One, SwitchConfig { release_inference_cache: false, pin_parameters: true, gather_units: 1 }),
-    ] {
+    let kept = SwitchConfig {
+        release_inference_cache: false,
+        pin_parameters: true,
+        gather_units: 1,
+        ..SwitchConfig::default()
+    };
+    for (stage, switching) in [(ZeroStage::Three, SwitchConfig::default()), (ZeroStage::One, kept)] {
         let config = ParallelConfig { inference_tensor: 2, ..ParallelConfig::default() };
         let layout = Layout { precision, ..Layout::of(2, stage, config) };
         on_ranks(2, |world| {

@@ -6,7 +6,7 @@ use tandem_engine::generate::{CacheSize, Completion, KvCache, Request, SamplingK
 use tandem_engine::model::unit::{Head, UnitBuffer};
 use tandem_engine::parallel::{ParallelConfig, ZeroStage};
 use tandem_engine::train::Ema;
-use tandem_engine::{Engine, Model, Packed, Precision, SwitchConfig, Train};
+use tandem_engine::{Engine, Model, Packed, Precision, SwitchConfig, Train, WeightFormat};
 use tandem_kernels::sample::SamplingParams;
 
 use crate::ranks::on_ranks;
@@ -68,7 +68,12 @@ fn switched(engine: Engine<Train>) -> (Engine<Train>, Vec<Completion>) {
 
 #[test]
 fn an_engine_says_what_a_fresh_model_of_its_weights_says() {
-    let kept = SwitchConfig { release_inference_cache: false, pin_parameters: true, gather_units: 2 };
+    let kept = SwitchConfig {
+        release_inference_cache: false,
+        pin_parameters: true,
+        gather_units: 2,
+        ..SwitchConfig::default()
+    };
     let layouts = [
         (1, ZeroStage::Zero, 1, 1, 0),
         (2, ZeroStage::Zero, 1, 1, 0),
@@ -167,7 +172,7 @@ fn a_frozen_model_says_what_a_trained_one_says() {
     for gated in [true, false] {
         let model = || Model::initial(spec(gated), Head::Language, 7).unwrap();
         let trained = model().with_precision(Precision::Bf16).unwrap();
-        let frozen = model().frozen(Precision::Bf16).unwrap();
+        let frozen = model().frozen(Precision::Bf16, WeightFormat::Precision).unwrap();
         let copy = frozen.duplicate().unwrap();
         let answers = |model: &Model| generate(model, &requests(), 3, 16, KEY, &mut |_, _, _| {}).unwrap();
         let expected = said(&trained, &answers(&trained));
@@ -175,7 +180,7 @@ fn a_frozen_model_says_what_a_trained_one_says() {
             assert_eq!(model.precision(), Precision::Bf16);
             assert!(said(model, &answers(model)) == expected);
         }
-        let f32 = model().frozen(Precision::F32).unwrap();
+        let f32 = model().frozen(Precision::F32, WeightFormat::Precision).unwrap();
         assert!(said(&f32, &[]).scored != expected.scored);
     }
 }

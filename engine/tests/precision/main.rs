@@ -9,5 +9,6 @@ mod toy;
 
 mod checkpoints;
 mod copies;
+mod int8;
 mod learning;
 mod residual;

@@ -8,6 +8,7 @@ use tandem_kernels::gemm::PackedMatrix;
 use tandem_kernels::rng::{Philox, Purpose};
 use tandem_kernels::slice::{narrow_slice, to_bf16, to_f32, with_slice, with_slice_mut_of};
 
+use super::int8::Rest;
 use super::{EMBEDDING, HEAD, Init, POSITIONS, ParamSlot, SCORE, UnitLayout};
 use crate::{Error, Result};
 
@@ -15,12 +16,14 @@ use crate::{Error, Result};
 /// format that passes compute in.
 #[derive(Clone, Debug)]
 pub struct UnitBuffer {
-    layout: Arc<UnitLayout>,
-    flat: Tensor,
+    pub(super) layout: Arc<UnitLayout>,
+    pub(super) flat: Tensor,
     /// What `flat` lies at the beginning of.
-    storage: Tensor,
-    /// Matrices packed for products with few rows, by offset.
-    packed: Option<Arc<Vec<(usize, PackedMatrix)>>>,
+    pub(super) storage: Tensor,
+    /// Matrices packed for products with few rows, or kept in 8 bits, by offset.
+    pub(super) packed: Option<Arc<Vec<(usize, PackedMatrix)>>>,
+    /// Where all else lies, if matrices are kept in 8 bits only.
+    pub(super) rest: Option<Arc<Rest>>,
 }
 
 impl UnitBuffer {
@@ -50,7 +53,7 @@ impl UnitBuffer {
         }
         let flat =
             if storage.elem_count() == layout.len() { storage.clone() } else { storage.narrow(0, 0, layout.len())? };
-        Ok(Self { layout: layout.clone(), flat, storage, packed: None })
+        Ok(Self { layout: layout.clone(), flat, storage, packed: None, rest: None })
     }
 
     /// Initial weights: each parameter drawn at its own address, so that a unit does not depend on the others.
@@ -95,6 +98,10 @@ impl UnitBuffer {
     /// # Errors
     /// If the memory cannot be had.
     pub fn duplicate(&self) -> Result<Self> {
+        if self.is_int8() {
+            // Nothing ever changes it.
+            return Ok(self.clone());
+        }
         Self::on(&self.layout, self.storage.copy()?)
     }
 
@@ -111,11 +118,14 @@ impl UnitBuffer {
         Self::on(&self.layout, to_bf16(&self.flat)?)
     }
 
-    /// The numbers in f32; the same storage if they are that already.
+    /// The numbers in f32; the same storage if they are that already. Of matrices in 8 bits, what is multiplied with.
     ///
     /// # Errors
     /// If the memory cannot be had.
     pub fn widened(&self) -> Result<Self> {
+        if self.is_int8() {
+            return self.dequantised();
+        }
         if self.dtype() == DType::F32 { Ok(self.clone()) } else { Self::on(&self.layout, to_f32(&self.flat)?) }
     }
 
@@ -133,6 +143,9 @@ impl UnitBuffer {
     /// # Errors
     /// If the memory cannot be had.
     pub(crate) fn packed(&self) -> Result<Self> {
+        if self.is_int8() {
+            return Ok(self.clone());
+        }
         // A table of embeddings is looked up, unless it is the head too.
         let has = |name| self.layout.params.iter().any(|slot| slot.name == name);
         let is_looked_up = |name| name == POSITIONS || name == EMBEDDING && (has(HEAD) || has(SCORE));
@@ -147,6 +160,12 @@ impl UnitBuffer {
         let packed = self.packed.as_deref()?;
         let offset = self.layout.slot_of(piece, name)?.offset;
         packed.iter().find(|(of, _)| *of == offset).map(|(_, matrix)| matrix)
+    }
+
+    /// Bytes of memory: of all elements, or of what is kept of them, and of packed matrices.
+    pub fn size_bytes(&self) -> usize {
+        let packed = self.packed.iter().flat_map(|packed| packed.iter()).map(|(_, matrix)| matrix.size_bytes());
+        self.storage.elem_count() * self.dtype().size_in_bytes() + packed.sum::<usize>()
     }
 
     /// The layout.
@@ -197,8 +216,10 @@ impl UnitBuffer {
         self.layout.slot_of(piece, name).map(|slot| self.view(slot)).transpose()
     }
 
-    fn view(&self, slot: &ParamSlot) -> Result<Tensor> {
-        Ok(self.flat.narrow(0, slot.offset, slot.len())?.reshape(slot.shape.as_slice())?)
+    pub(super) fn view(&self, slot: &ParamSlot) -> Result<Tensor> {
+        let hidden = || Error::KeptInt8 { unit: self.layout.id, name: slot.name };
+        let offset = self.rest.as_ref().map_or(Ok(slot.offset), |rest| rest.offset(slot).ok_or_else(hidden))?;
+        Ok(self.flat.narrow(0, offset, slot.len())?.reshape(slot.shape.as_slice())?)
     }
 
     /// Overwrites every element with zero, in place.

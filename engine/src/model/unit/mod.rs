@@ -4,6 +4,7 @@ mod adapters;
 mod buffer;
 mod content;
 mod cut;
+mod int8;
 mod layout;
 mod params;
 mod runs;
