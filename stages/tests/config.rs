@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use tandem_engine::WeightFormat;
 use tandem_engine::train::ScheduleKind;
 use tandem_stages::config::{Config, ConfigError, Origin, SftLoss, Stage};
 use tandem_stages::error::StageError;
@@ -258,4 +259,32 @@ fn compressed_gradients_are_those_of_whole_models() {
     let overrides = [kind.to_owned(), "actor.zero_stage=3".to_owned()];
     let config = Config::parse(MINIMAL, &origin(), &overrides).unwrap();
     config.check(&[Stage::Sft], &origin()).unwrap();
+}
+
+#[test]
+fn weights_of_8_bits_are_asked_not_trained() {
+    let bf16 = "run.precision=bf16";
+    let model = "[model]\npath = 'm'\n[[data.sources]]\npath = 'a'\n[ppo.reward]\nmodel = 'r'";
+    let all = [bf16, "reference.weights=int8", "reward_model.weights=int8", "ppo.rollout_weights=int8"];
+    let config = parse_with(model, &all).unwrap();
+    assert_eq!(config.reference.weights, WeightFormat::Int8);
+    assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
+    assert_eq!(parse(model).unwrap().ppo.rollout_weights, WeightFormat::Precision);
+
+    for key in ["reference.weights", "reward_model.weights", "ppo.rollout_weights"] {
+        let int8 = format!("{key}=int8");
+        refuses(model, &[&int8], &[&format!("`{key}`"), "`run.precision` to \"bf16\""]);
+        let other = format!("{key}=int4");
+        refuses(model, &[&other], &[&format!("`{key}`"), "\"precision\"", "\"int8\""]);
+    }
+    refuses(model, &[bf16, "actor.weights=int8"], &["`actor.weights`", "trains", "`ppo.rollout_weights`"]);
+    refuses(model, &[bf16, "critic.weights=int8"], &["`critic.weights`", "trains"]);
+    refuses(model, &[bf16, all[1], "reference.zero_stage=3"], &["`reference.weights`", "`reference.zero_stage` to 0"]);
+    refuses(model, &[bf16, all[1], "lora.rank=4"], &["`reference.weights`", "the actor's own base"]);
+    refuses(MINIMAL, &[bf16, all[2]], &["`reward_model.weights`", "no reward model"]);
+    refuses(model, &[bf16, all[3], "ppo.pin_parameters=true"], &["`ppo.pin_parameters`", "`ppo.rollout_weights`"]);
+    // The stages that train these models do not ask them.
+    let overrides = [bf16, all[2]].map(str::to_owned);
+    let config = Config::parse(MINIMAL, &origin(), &overrides).unwrap();
+    config.check(&[Stage::Sft, Stage::Reward], &origin()).unwrap();
 }

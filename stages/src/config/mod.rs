@@ -111,6 +111,7 @@ impl Config {
                 }
                 Stage::Ppo => {
                     self.ppo.check(&mut check);
+                    self.check_weights(&mut check);
                     self.check_compression("ppo.actor_optimizer", &self.ppo.actor_optimizer, Role::Actor, &mut check);
                     self.check_compression(
                         "ppo.critic_optimizer",

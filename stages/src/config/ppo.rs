@@ -1,6 +1,7 @@
 //! `[ppo]`: proximal policy optimisation (Schulman et al., 2017) of a language model.
 
 use serde::{Deserialize, Serialize};
+use tandem_engine::WeightFormat;
 
 use super::check::Checker;
 use super::generation::SamplingConfig;
@@ -43,6 +44,11 @@ pub struct PpoConfig {
     /// Whether the copy of the actor that generates is kept while training, and only its values are renewed: faster
     /// switches, more memory.
     pub pin_parameters: bool,
+    /// What the linear maps of the copy of the actor that generates are kept in: `"precision"`, that of the run, or `"int8"`, 8
+    /// bits with a scale for each row (with `run.precision = "bf16"`). What then samples is not quite the actor: the
+    /// log-probabilities that are learnt from are computed again, by the actor as it is trained, and `logp_gap` reports how far
+    /// off the recorded ones are.
+    pub rollout_weights: WeightFormat,
     /// Units that are exchanged together when the actor is laid out for generation.
     pub tp_gather_partition_size: usize,
     /// Prompts are the first words of the rows' texts, this many; left out: the rows' prompts.
@@ -122,6 +128,7 @@ impl Default for PpoConfig {
             inference_tp_size: 1,
             release_inference_cache: true,
             pin_parameters: false,
+            rollout_weights: WeightFormat::Precision,
             tp_gather_partition_size: 8,
             opening_words: None,
             sampling: SamplingConfig::default(),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tandem_engine::{Precision, WeightFormat};
 
 use super::check::Checker;
 use super::optimizer::OptimizerConfig;
@@ -50,7 +51,7 @@ impl Role {
     }
 }
 
-/// One of `[actor]`, `[critic]`, `[reference]`, `[reward_model]`. None of it changes a result.
+/// One of `[actor]`, `[critic]`, `[reference]`, `[reward_model]`. Nothing but `weights` changes a result.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoleConfig {
@@ -62,6 +63,9 @@ pub struct RoleConfig {
     pub offload: Offload,
     /// The folder of these files, best on a fast local disk; left out: the output directory.
     pub offload_dir: Option<PathBuf>,
+    /// What the linear maps of the model are kept in while `ppo` only asks it: `"precision"`, that of the run, or `"int8"`, 8
+    /// bits with a scale for each row (`[reference]` and `[reward_model]`, with `run.precision = "bf16"`).
+    pub weights: WeightFormat,
 }
 
 /// What is kept in files that the system maps into memory: it holds as much of them as is free.
@@ -112,6 +116,45 @@ impl Config {
     pub(super) fn check_roles(&self, check: &mut Checker) {
         for role in [Role::Actor, Role::Critic, Role::Reference, Role::RewardModel] {
             self.role(role).check(role.section(), check);
+        }
+    }
+
+    /// Weights of 8 bits are those of models that nothing changes, multiplied in bf16, and whole.
+    pub(super) fn check_weights(&self, check: &mut Checker) {
+        let is_int8 = |role| self.role(role).weights == WeightFormat::Int8;
+        for role in [Role::Actor, Role::Critic].into_iter().filter(|role| is_int8(*role)) {
+            let remedy = if role == Role::Actor { "; `ppo.rollout_weights` is for what samples" } else { "" };
+            let problem = format_args!("is \"int8\", but ppo trains this model; take \"precision\"{remedy}");
+            check.fail(&format!("{}.weights", role.section()), problem);
+        }
+        for role in [Role::Reference, Role::RewardModel].into_iter().filter(|role| is_int8(*role)) {
+            let (section, key) = (role.section(), format!("{}.weights", role.section()));
+            self.check_int8(&key, check);
+            if self.role(role).zero_stage == 3 {
+                check.fail(&key, format_args!("is \"int8\", which is kept whole; set `{section}.zero_stage` to 0"));
+            }
+        }
+        if is_int8(Role::Reference) && self.lora.is_on() {
+            let problem = "is \"int8\", but with [lora] the reference is the actor's own base; take \"precision\"";
+            check.fail("reference.weights", problem);
+        }
+        if is_int8(Role::RewardModel) && !self.ppo.reward.is_model() {
+            let problem = "is \"int8\", but no reward model scores: [ppo.reward] has rules or a command; leave it out";
+            check.fail("reward_model.weights", problem);
+        }
+        if self.ppo.rollout_weights == WeightFormat::Int8 {
+            self.check_int8("ppo.rollout_weights", check);
+            if self.ppo.pin_parameters {
+                let problem = "keeps the copy that generates, but \"int8\" in `ppo.rollout_weights` makes it anew each time; \
+                               turn one off";
+                check.fail("ppo.pin_parameters", problem);
+            }
+        }
+    }
+
+    fn check_int8(&self, key: &str, check: &mut Checker) {
+        if self.run.precision != Precision::Bf16 {
+            check.fail(key, "is \"int8\", which is multiplied in bf16; set `run.precision` to \"bf16\"");
         }
     }
 

@@ -86,6 +86,11 @@ impl RuleConfig {
 }
 
 impl RewardSourceConfig {
+    /// Whether a reward model scores.
+    pub fn is_model(&self) -> bool {
+        self.rules.is_none() && self.command.is_none()
+    }
+
     pub(super) fn check(&self, check: &mut Checker) {
         let given = [self.model.is_some(), self.rules.is_some(), self.command.is_some()];
         if given.iter().filter(|&&given| given).count() > 1 {

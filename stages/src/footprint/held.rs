@@ -1,11 +1,12 @@
 //! Memory of a rank. Sharding after Rajbhandari et al. (ZeRO, 2020), figure 1, with four bytes for what is trained, and for
 //! the rest those of the format that models compute in.
 
+use tandem_engine::WeightFormat;
 use tandem_engine::generate::CacheSize;
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
 
-use super::share::Units;
+use super::share::{Units, int8_bytes};
 use super::{Case, F32, Held, Phase, SLOTS};
 use crate::config::{Offload, OptimizerConfig, OptimizerKind, Role, Stage};
 
@@ -48,7 +49,10 @@ impl Case<'_> {
         let always = |what: String, bytes: u64| Held { what, bytes, file_bytes: 0, phase: None };
         let is_sliced = zero_stage == 3 && mesh.data > 1;
         let mut parts = Vec::new();
-        if is_narrow && !is_trained && !is_sliced {
+        if !is_trained && settings.weights == WeightFormat::Int8 {
+            let bytes = int8_bytes(self.spec, head, mesh.tensor, mesh.pipeline);
+            parts.push(always(format!("{name}: weights, 8 bits"), bytes));
+        } else if is_narrow && !is_trained && !is_sliced {
             parts.push(always(format!("{name}: weights"), number * weights));
         } else {
             parts.push(part(format!("{name}: weights"), weights, weights_in_files));
@@ -108,15 +112,21 @@ impl Case<'_> {
         let tensor = ppo.inference_tp_size.max(1);
         let generating = |is_kept: bool| (!is_kept).then_some(Phase::Generating);
         let mut parts = Vec::new();
-        if self.needs_copy() {
-            let units = Units::of(self.spec, Head::Language, tensor, 1);
+        let units = Units::of(self.spec, Head::Language, tensor, 1);
+        let is_int8 = ppo.rollout_weights == WeightFormat::Int8;
+        if is_int8 {
+            let what = "actor: copy that generates, 8 bits".to_owned();
+            let bytes = int8_bytes(self.spec, Head::Language, tensor, 1);
+            parts.push(Held { what, bytes, file_bytes: 0, phase: Some(Phase::Generating) });
+        } else if self.needs_copy() {
             let what = "actor: copy that generates".to_owned();
             let phase = generating(ppo.pin_parameters);
             parts.push(Held { what, bytes: self.number() * units.total(), file_bytes: 0, phase });
         }
-        let units = Units::of(self.spec, Head::Language, tensor, 1);
         let what = "actor: matrices packed for decoding".to_owned();
-        parts.push(Held { what, bytes: self.number() * units.total(), file_bytes: 0, phase: Some(Phase::Generating) });
+        // What is kept in 8 bits is packed; the head remains.
+        let packed = if is_int8 { units.ends } else { units.total() };
+        parts.push(Held { what, bytes: self.number() * packed, file_bytes: 0, phase: Some(Phase::Generating) });
         let replicas = (self.mesh.world() / tensor).max(1);
         let slots = SLOTS.min(ppo.samples_per_iteration().div_ceil(replicas));
         let size = CacheSize { slots, max_len: ppo.longest_sequence() };

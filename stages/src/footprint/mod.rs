@@ -13,7 +13,7 @@ use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
 use tandem_engine::parallel::Mesh;
 
-use crate::config::{Config, RewardSourceConfig, Role, Stage};
+use crate::config::{Config, Role, Stage};
 use crate::monitor::Table;
 
 /// Bytes of an f32.
@@ -113,8 +113,7 @@ impl Footprint {
 impl Case<'_> {
     /// The models of the stage that take memory of their own, and what they compute.
     fn roles(&self) -> impl Iterator<Item = (Role, Head)> {
-        let RewardSourceConfig { rules, command, .. } = &self.config.ppo.reward;
-        let scored_by_model = rules.is_none() && command.is_none();
+        let scored_by_model = self.config.ppo.reward.is_model();
         let adapters = self.config.lora.is_on();
         Role::of(self.stage).iter().copied().filter_map(move |role| match role {
             Role::Actor => Some((role, Head::Language)),

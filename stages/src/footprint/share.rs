@@ -4,6 +4,7 @@ use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::{self, Head, ParamSlot, Shard, UnitId, UnitLayout};
 
 use tandem_engine::parallel::Mesh;
+use tandem_kernels::gemm::PackedMatrix;
 
 use crate::config::LoraConfig;
 
@@ -84,6 +85,21 @@ impl Units {
         };
         (keep(false), keep(true))
     }
+}
+
+/// Bytes of the units of a model that is not trained, cut as in [`Units::of`]: the linear maps of blocks in 8 bits, all else in
+/// bf16.
+pub(super) fn int8_bytes(spec: &ModelSpec, head: Head, tensor: usize, pipeline: usize) -> u64 {
+    const BF16: u64 = 2;
+    let (units, tensor) = (Units::of(spec, head, tensor, pipeline), tensor.max(1));
+    let bytes = |slot: &ParamSlot| match (slot.shape.as_slice(), slot.shard) {
+        (&[n, k], Shard::Replicated) => PackedMatrix::int8_bytes(n, k) as u64,
+        (&[n, k], Shard::Columns) => PackedMatrix::int8_bytes(n, k.div_ceil(tensor)) as u64,
+        (&[_, k], Shard::Rows) => PackedMatrix::int8_bytes(rows(slot, spec, tensor), k) as u64,
+        _ => BF16 * slot_elements(slot, spec, tensor),
+    };
+    let block: u64 = UnitLayout::of(spec, head, UnitId::Block(0)).params.iter().map(bytes).sum();
+    BF16 * units.ends + units.blocks * block
 }
 
 /// Elements of a unit on one of `tensor` ranks.

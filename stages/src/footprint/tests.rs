@@ -1,6 +1,6 @@
 //! What is held and sent, against the models themselves, and what sharding and cutting change.
 
-use tandem_engine::Model;
+use tandem_engine::{Model, Precision, WeightFormat};
 
 use super::share::Units;
 use super::*;
@@ -199,4 +199,35 @@ fn in_bf16_what_is_trained_stays_in_f32() {
     // The weights themselves, and a copy of half the size.
     assert_eq!(2 * bytes("bf16", "actor: weights"), 3 * bytes("f32", "actor: weights"));
     assert!(bytes("bf16", "actor: activations") < bytes("f32", "actor: activations"));
+}
+
+#[test]
+fn weights_of_8_bits_are_what_such_a_model_holds() {
+    let base = "run.precision = 'bf16'\n";
+    let narrow = footprint(base, Stage::Ppo, mesh(1, 1, 1));
+    let text = format!("{base}reference.weights = 'int8'\nreward_model.weights = 'int8'");
+    let int8 = footprint(&text, Stage::Ppo, mesh(1, 1, 1));
+    for (role, head) in [("reference", Head::Language), ("reward model", Head::Scalar)] {
+        let model = Model::initial(spec(), head, 0).unwrap();
+        let model = model.frozen(Precision::Bf16, WeightFormat::Int8).unwrap();
+        let found = held(&int8, &format!("{role}: weights, 8 bits"));
+        assert_eq!(found, model.computed_bytes().unwrap() as u64);
+        assert!(found < held(&narrow, &format!("{role}: weights")));
+    }
+    assert_eq!(held(&int8, "actor: weights"), held(&narrow, "actor: weights"));
+    assert!(int8.memory_bytes() < narrow.memory_bytes());
+    // Two ranks hold half of the matrices each.
+    let halves = footprint(&text, Stage::Ppo, mesh(1, 2, 1));
+    assert!(held(&halves, "reference: weights, 8 bits") < held(&int8, "reference: weights, 8 bits"));
+
+    let rollouts = footprint(&format!("{base}ppo.rollout_weights = 'int8'"), Stage::Ppo, mesh(1, 1, 1));
+    let copy = held(&rollouts, "actor: copy that generates, 8 bits");
+    assert_eq!(copy, held(&int8, "reference: weights, 8 bits"));
+    let ends = Units::of(&spec(), Head::Language, 1, 1).ends;
+    assert_eq!(held(&rollouts, "actor: matrices packed"), 2 * ends, "the head");
+    let generating = |footprint: &Footprint| -> u64 {
+        let parts = footprint.held().iter().filter(|part| part.phase == Some(Phase::Generating));
+        parts.map(|part| part.bytes).sum()
+    };
+    assert!(generating(&rollouts) < generating(&narrow) + copy);
 }

@@ -50,6 +50,8 @@ pub mod field {
     pub const RESPONSE_EOS_RATE: &str = "response/eos_rate";
     /// Largest difference between a log-probability recorded while sampling and the one computed in training.
     pub const LOGP_GAP_MAX: &str = "logp_gap/max";
+    /// The mean of these differences, where a copy in another format than the actor's has sampled.
+    pub const LOGP_GAP_MEAN: &str = "logp_gap/mean";
     /// Seconds spent generating.
     pub const TIME_GENERATE_S: &str = "time/generate_s";
     /// Seconds spent scoring: rewards, reference, values.

@@ -4,19 +4,24 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use tandem_data::experience::{ExperienceRow, Finish, read_parquet, to_parquet};
 use tandem_data::order::{Cursor, Sampler};
 use tandem_engine::generate::{self, SamplingKey};
-use tandem_engine::{Engine, Model, Train};
+use tandem_engine::{Engine, Model, Train, WeightFormat};
 
 use super::advantage::{RewardShape, gae};
 use super::rollout::{self, RolloutConfig, Sequence};
+use super::state::bits;
 use super::update::Lesson;
 use crate::dataset::PromptRow;
 use crate::error::{Result, StageError};
 use crate::ranks::Team;
 use crate::run::Run;
 use crate::scoring::{ScoreItem, Scorer};
+
+/// What the manifest of a rollout calls its [`Gap`].
+const GAP: &str = "logp_gap";
 
 /// The file of the rows that a group of ranks has sampled.
 fn file_name(group: usize) -> String {
@@ -40,7 +45,39 @@ pub(super) struct Explorer<'a> {
     pub(super) prompts_per_iteration: usize,
     pub(super) samples_per_prompt: usize,
     pub(super) tokens_per_micro_batch: usize,
+    pub(super) rollout_weights: WeightFormat,
     pub(super) seed: u64,
+}
+
+/// What an iteration learns from.
+#[derive(Debug)]
+pub(super) struct Rollout {
+    pub(super) rows: Vec<ExperienceRow>,
+    /// How far the log-probabilities recorded while sampling were from those in the rows, where these were computed again.
+    pub(super) gap: Option<Gap>,
+}
+
+/// Differences between log-probabilities recorded while sampling and those of the model as it is trained, in nats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Gap {
+    /// Mean over tokens.
+    #[serde(with = "bits")]
+    pub(super) mean: f64,
+    #[serde(with = "bits")]
+    pub(super) max: f64,
+}
+
+impl Gap {
+    fn between<'a>(recorded: impl Iterator<Item = &'a Vec<f32>>, computed: &[Vec<f32>]) -> Self {
+        let (mut gap, mut tokens) = (Self::default(), 0.0);
+        for (recorded, computed) in recorded.flatten().zip(computed.iter().flatten()) {
+            let difference = (f64::from(*recorded) - f64::from(*computed)).abs();
+            gap.mean += difference;
+            gap.max = gap.max.max(difference);
+            tokens += 1.0;
+        }
+        Self { mean: gap.mean / f64::max(tokens, 1.0), ..gap }
+    }
 }
 
 impl Explorer<'_> {
@@ -59,7 +96,7 @@ impl Explorer<'_> {
         critic: &Model,
         scorer: &mut dyn Scorer,
         iteration: u64,
-    ) -> Result<(Engine<Train>, Vec<ExperienceRow>, Times)> {
+    ) -> Result<(Engine<Train>, Rollout, Times)> {
         let start = Instant::now();
         let prompts = self.prompts_of(iteration)?;
         let ids: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.ids.as_slice()).collect();
@@ -67,7 +104,7 @@ impl Explorer<'_> {
         let first_sample = iteration * ids.len() as u64 * samples;
         let key = SamplingKey { seed: self.seed, step: iteration };
         let policy_step = actor.optimizer().step();
-        let (actor, completions, _) =
+        let (actor, mut completions, _) =
             rollout::sample(actor, &ids, self.samples_per_prompt, first_sample, key, &self.rollout)?;
         let generate_s = start.elapsed().as_secs_f64();
 
@@ -76,6 +113,13 @@ impl Explorer<'_> {
             .iter()
             .map(|c| Sequence { sample: c.sample, prompt: ids[c.request], response: &c.ids })
             .collect();
+        // What another format than the actor's has recorded is not what the actor would say.
+        let own_logp = match self.rollout_weights {
+            WeightFormat::Precision => None,
+            WeightFormat::Int8 => {
+                Some(rollout::log_probs(self.team, actor.model(), &sequences, self.tokens_per_micro_batch)?)
+            }
+        };
         let ref_logp = rollout::log_probs(self.team, self.reference, &sequences, self.tokens_per_micro_batch)?;
         let values = rollout::values(self.team, critic, &sequences, self.tokens_per_micro_batch)?;
         let texts: Vec<String> =
@@ -92,6 +136,13 @@ impl Explorer<'_> {
             .collect();
         let scores = scorer.score(&items)?;
         drop((sequences, items));
+        let gap = own_logp.map(|computed| {
+            let gap = Gap::between(completions.iter().map(|c| &c.logp), &computed);
+            for (completion, computed) in completions.iter_mut().zip(computed) {
+                completion.logp = computed;
+            }
+            gap
+        });
         let measured = ref_logp.into_iter().zip(values).zip(scores).zip(texts);
         let rows = completions.into_iter().zip(measured).map(|(c, (((ref_logp, value), score), response_text))| {
             let prompt = prompts[c.request];
@@ -114,13 +165,14 @@ impl Explorer<'_> {
             }
         });
         let rows = rows.collect();
-        Ok((actor, rows, Times { generate_s, score_s: start.elapsed().as_secs_f64() }))
+        Ok((actor, Rollout { rows, gap }, Times { generate_s, score_s: start.elapsed().as_secs_f64() }))
     }
 }
 
-/// Publishes the rows of `iteration` in one piece: a file for each of the `groups` of ranks that have sampled them.
-pub(super) fn commit(run: &Run, iteration: u64, rows: &[ExperienceRow], groups: usize) -> Result<()> {
-    let meta = serde_json::json!({ "iteration": iteration, "rows": rows.len(), "files": groups });
+/// Publishes the rollout of `iteration` in one piece: a file for each of the `groups` of ranks that have sampled its rows.
+pub(super) fn commit(run: &Run, iteration: u64, rollout: &Rollout, groups: usize) -> Result<()> {
+    let Rollout { rows, gap } = rollout;
+    let meta = serde_json::json!({ "iteration": iteration, "rows": rows.len(), "files": groups, GAP: gap });
     run.commit_experience(iteration, meta, |staging| {
         let Some(staging) = staging else { return Ok(()) };
         for group in 0..groups {
@@ -131,8 +183,8 @@ pub(super) fn commit(run: &Run, iteration: u64, rows: &[ExperienceRow], groups: 
     })
 }
 
-/// Reads the rows of `iteration`, if they are there, and checks that the policy of `policy_step` sampled them.
-pub(super) fn read(run: &Run, iteration: u64, policy_step: Option<u64>) -> Result<Option<Vec<ExperienceRow>>> {
+/// Reads the rollout of `iteration`, if it is there, and checks that the policy of `policy_step` sampled it.
+pub(super) fn read(run: &Run, iteration: u64, policy_step: Option<u64>) -> Result<Option<Rollout>> {
     let Some(published) = run.open_experience(iteration)? else { return Ok(None) };
     let mut rows = Vec::new();
     for file in published.files().iter().filter(|file| file.name.ends_with(".parquet")) {
@@ -144,7 +196,13 @@ pub(super) fn read(run: &Run, iteration: u64, policy_step: Option<u64>) -> Resul
             published.dir().display(),
             row.policy_step
         ))),
-        _ => Ok(Some(rows)),
+        _ => {
+            let gap = published.meta().get(GAP).cloned().unwrap_or_default();
+            let gap = serde_json::from_value(gap).map_err(|error| {
+                StageError::Numerical(format!("{}: {GAP}: {error}; remove that folder", published.dir().display()))
+            })?;
+            Ok(Some(Rollout { rows, gap }))
+        }
     }
 }
 

@@ -16,7 +16,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use tandem_collective::Tag;
-use tandem_data::experience::ExperienceRow;
 use tandem_data::order::permutation;
 use tandem_engine::model::Blueprint;
 use tandem_engine::model::spec::ModelSpec;
@@ -25,7 +24,7 @@ use tandem_engine::train::Ema;
 use tandem_engine::{Engine, Recompute, SwitchConfig};
 
 use self::advantage::RewardShape;
-use self::experience::{Explorer, Figures, Times};
+use self::experience::{Explorer, Figures, Gap, Rollout, Times};
 use self::kl::KlController;
 use self::rollout::RolloutConfig;
 use self::state::{Learner, PpoState, Totals};
@@ -88,12 +87,13 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
         prompts_per_iteration: ppo.prompts_per_iteration,
         samples_per_prompt: ppo.samples_per_prompt,
         tokens_per_micro_batch: ppo.tokens_per_micro_batch,
+        rollout_weights: ppo.rollout_weights,
         seed: config.run.seed,
     };
     let mut progress = launch.progress("ppo", ppo.iterations, state.iteration);
     while state.iteration < ppo.iterations {
         let started = Instant::now();
-        let (back, rows, times) = gather(&run, &explorer, learner, &mut *scorer, &state)?;
+        let (back, Rollout { rows, gap }, times) = gather(&run, &explorer, learner, &mut *scorer, &state)?;
         learner = back;
         let place = checkpoint_number(ppo, &state);
         if launch.should_stop(Tag::new("ppo/stop before updates", place))? && state.update == 0 {
@@ -128,7 +128,7 @@ pub fn run(launch: &Launch, dir: &Path, pipeline: Option<&Path>) -> Result<Outco
         }
         let elapsed_s = started.elapsed().as_secs_f64();
         let train_s = (elapsed_s - times.generate_s - times.score_s).max(0.0);
-        run.log(&metrics(&state, &figures, &times, train_s, tokens, elapsed_s))?;
+        run.log(&metrics(&state, &figures, gap, &times, train_s, tokens, elapsed_s))?;
         let mut kl = KlController::new(&ppo.kl).at(state.kl_coefficient);
         kl.observe(figures.kl_mean, count);
         state = PpoState {
@@ -182,6 +182,7 @@ fn start(
         release_inference_cache: ppo.release_inference_cache,
         pin_parameters: ppo.pin_parameters,
         gather_units: ppo.tp_gather_partition_size,
+        weights: ppo.rollout_weights,
     };
     if let Some(point) = run.resume_point() {
         let critic = (critic.blueprint.spec(), critic_optimizer, &critic_place);
@@ -242,11 +243,11 @@ fn gather(
     learner: Learner,
     scorer: &mut dyn Scorer,
     state: &PpoState,
-) -> Result<(Learner, Vec<ExperienceRow>, Times)> {
+) -> Result<(Learner, Rollout, Times)> {
     let fresh = state.update == 0;
     let policy_step = fresh.then(|| learner.actor.optimizer().step());
-    if let Some(rows) = experience::read(run, state.iteration, policy_step)? {
-        return Ok((learner, rows, Times::default()));
+    if let Some(rollout) = experience::read(run, state.iteration, policy_step)? {
+        return Ok((learner, rollout, Times::default()));
     }
     if !fresh {
         return Err(StageError::Numerical(format!(
@@ -255,10 +256,10 @@ fn gather(
         )));
     }
     let Learner { actor, critic, ema } = learner;
-    let (actor, rows, times) = explorer.explore(actor, critic.model(), scorer, state.iteration)?;
-    experience::commit(run, state.iteration, &rows, rollout::groups(explorer.team.parallel()))?;
-    let rows = experience::read(run, state.iteration, policy_step)?.unwrap_or(rows);
-    Ok((Learner { actor, critic, ema }, rows, times))
+    let (actor, fresh, times) = explorer.explore(actor, critic.model(), scorer, state.iteration)?;
+    experience::commit(run, state.iteration, &fresh, rollout::groups(explorer.team.parallel()))?;
+    let rollout = experience::read(run, state.iteration, policy_step)?.unwrap_or(fresh);
+    Ok((Learner { actor, critic, ema }, rollout, times))
 }
 
 /// The mini-batch of the update at hand: each epoch visits every sample once, in an order of its own.
@@ -330,6 +331,7 @@ fn rollout_config(ppo: &PpoConfig, stop: &[u32]) -> RolloutConfig {
 fn metrics(
     state: &PpoState,
     figures: &Figures,
+    gap: Option<Gap>,
     times: &Times,
     train_s: f64,
     tokens: usize,
@@ -354,7 +356,8 @@ fn metrics(
         .set(field::VALUE_LOSS, per_token(totals.value_loss))
         .set(field::RESPONSE_LEN_MEAN, figures.len_mean)
         .set(field::RESPONSE_EOS_RATE, figures.eos_rate)
-        .set(field::LOGP_GAP_MAX, totals.logp_gap_max)
+        .set(field::LOGP_GAP_MAX, gap.map_or(totals.logp_gap_max, |gap| gap.max.max(totals.logp_gap_max)))
+        .set_some(field::LOGP_GAP_MEAN, gap.map(|gap| gap.mean))
         .set(field::TIME_GENERATE_S, times.generate_s)
         .set(field::TIME_SCORE_S, times.score_s)
         .set(field::TIME_TRAIN_S, train_s);

@@ -118,7 +118,7 @@ pub fn answer(
     let key = SamplingKey { seed: config.run.seed, step: EVALUATION_STEP };
     let laid_out = match model.generates_in_place() {
         true => model.clone(),
-        false => model.inference_copy(None, config.ppo.tp_gather_partition_size)?.0,
+        false => model.inference_copy(None, config.ppo.tp_gather_partition_size, model.weight_format())?.0,
     };
     let completions = dealt(team.parallel(), &requests, |requests| {
         let budget = config.ppo.tokens_per_micro_batch;

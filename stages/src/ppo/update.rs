@@ -35,7 +35,7 @@ pub struct Lesson {
     pub prompt: Vec<u32>,
     /// The response, the token that ended it included: to stop is an action like any other.
     pub response: Vec<u32>,
-    /// Log-probability of each response token when it was sampled.
+    /// Log-probability of each response token under the policy as it was when it was sampled.
     pub old_logp: Vec<f32>,
     /// Value before each response token when it was sampled.
     pub old_values: Vec<f32>,

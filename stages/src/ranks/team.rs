@@ -75,6 +75,7 @@ impl Team {
         Ok(Placement {
             precision: self.config.run.precision,
             is_frozen: !role.is_trained(self.stage),
+            weights: section.weights,
             persistence_threshold: shared.persistence_threshold,
             prefetch_units: shared.prefetch_units,
             reduce_bucket_bytes: (shared.reduce_bucket_mib as usize) << 20,

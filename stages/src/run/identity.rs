@@ -16,10 +16,13 @@ pub(super) enum Class {
     Identity,
 }
 
-/// Keys inside sections that may change which themselves may not: an optimizer of another kind has another state.
-const IDENTITY_KEYS: [&str; 6] = [
+/// Keys inside sections that may change which themselves may not: an optimizer of another kind has another state, a model in
+/// another format says something else.
+const IDENTITY_KEYS: [&str; 8] = [
     "parallel.data_lanes",
     "parallel.tensor_lanes",
+    "reference.weights",
+    "reward_model.weights",
     "sft.optimizer.kind",
     "reward.optimizer.kind",
     "ppo.actor_optimizer.kind",

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use tandem_engine::Precision;
+use tandem_engine::{Precision, WeightFormat};
 use tandem_kernels::profile;
 use tandem_stages::monitor::breakdown;
 
@@ -74,6 +74,10 @@ pub struct Case {
     /// What the models compute in.
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: Format,
+    /// Keep the linear maps of models that are not trained in 8 bits: the one that `generate` samples from, and reference and
+    /// reward model of `ppo`; in bf16 only.
+    #[arg(long)]
+    pub int8: bool,
     /// Ranks, as threads of one process that share the cores.
     #[arg(long, default_value_t = 1)]
     pub ranks: usize,
@@ -107,6 +111,7 @@ impl Case {
             work,
             shape,
             precision: Format::F32,
+            int8: false,
             ranks: 1,
             zero_stage: 0,
             recompute: false,
@@ -116,6 +121,11 @@ impl Case {
             profile: false,
             threads: 0,
         }
+    }
+
+    /// What the linear maps of models that are not trained are kept in.
+    pub fn weights(&self) -> WeightFormat {
+        if self.int8 { WeightFormat::Int8 } else { WeightFormat::Precision }
     }
 
     /// Threads of all ranks together.
@@ -162,8 +172,10 @@ impl Case {
         ] {
             command.arg(name).arg(value.to_string());
         }
-        if self.recompute {
-            command.arg("--recompute");
+        for (name, is_on) in [("--recompute", self.recompute), ("--int8", self.int8)] {
+            if is_on {
+                command.arg(name);
+            }
         }
         let output = command.output()?;
         if !output.status.success() {

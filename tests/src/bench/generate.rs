@@ -26,7 +26,8 @@ pub(super) fn prompts(shape: Shape, iteration: u64) -> Vec<Vec<u32>> {
 pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(case.threads()).build()?;
     let seconds = pool.install(|| {
-        let model = Model::initial(case.shape.spec(), Head::Language, 1234)?.frozen(case.precision.precision())?;
+        let model = Model::initial(case.shape.spec(), Head::Language, 1234)?;
+        let model = model.frozen(case.precision.precision(), case.weights())?;
         let requests: Vec<Request> = prompts(case.shape, 0)
             .into_iter()
             .enumerate()

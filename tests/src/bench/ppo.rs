@@ -37,8 +37,8 @@ fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
     let model = |head, seed| Model::initial(spec.clone(), head, seed);
     let mut actor = Engine::new(model(Head::Language, 1234)?.with_precision(precision)?, optimizer())?;
     let mut critic = Engine::new(model(Head::Scalar, 1235)?.with_precision(precision)?, optimizer())?;
-    let (reference, reward) =
-        (model(Head::Language, 1234)?.frozen(precision)?, model(Head::Scalar, 1236)?.frozen(precision)?);
+    let frozen = |head, seed| model(head, seed)?.frozen(precision, case.weights());
+    let (reference, reward) = (frozen(Head::Language, 1234)?, frozen(Head::Scalar, 1236)?);
     let rollout = RolloutConfig {
         sampling: SamplingParams::default(),
         max_response_tokens: NEW_TOKENS,
