@@ -159,6 +159,7 @@ fn a_packed_weight_gives_the_same_bits() {
         assert_eq!(packed.dims(), [n, k]);
         assert!(packed.size_bytes() >= 4 * n * k && packed.size_bytes() <= 4 * (n + 31) * k);
         let bits = |t: &Tensor| flat(t).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&packed.unpacked().unwrap()) == bits(&w), "{n} × {k} unpacked");
         for bias in [None, Some(&bias)] {
             let want = bits(&linear(&x, &w, bias).unwrap());
             assert!(bits(&linear_packed(&x, &packed, bias).unwrap()) == want, "{t}×{k} by {n}");

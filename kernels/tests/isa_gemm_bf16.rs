@@ -116,6 +116,7 @@ fn rows_are_independent(t: usize, n: usize, k: usize) {
     let packed = PackedMatrix::new(&w).unwrap();
     assert_eq!((packed.dims(), packed.dtype()), ([n, k], DType::BF16));
     assert!(packed.size_bytes() >= 2 * n * k && packed.size_bytes() <= 2 * (n + 31) * (k + 31));
+    assert!(half_bits(&packed.unpacked().unwrap()) == half_bits(&w), "{n} × {k} unpacked");
     for bias in [None, Some(&bias)] {
         let (all, all_f32) = (linear(&x, &w, bias).unwrap(), linear_f32(&x, &w, bias).unwrap());
         for (first, rows) in [(0, t), (0, 1), (t - 1, 1), (3, 2), (5, 13), (1, 30), (2, 66.min(t - 2))] {

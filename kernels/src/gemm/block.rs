@@ -180,6 +180,26 @@ pub(super) fn pack_blocks(
     }
 }
 
+/// The columns of B one after the other, from what [`pack_blocks`] has written.
+pub(super) fn unpack_blocks(packed: &[f32], columns: usize, k: usize, kernel: &MicroKernel) -> Vec<f32> {
+    let nr = kernel.columns;
+    let mut b = vec![0.0; columns * k];
+    let mut rest = packed;
+    for k0 in (0..k).step_by(K_BLOCK) {
+        let kc = K_BLOCK.min(k - k0);
+        for column in (0..columns).step_by(nr) {
+            let (panel, tail) = rest.split_at(nr * kc);
+            rest = tail;
+            for (term, line) in panel.chunks_exact(nr).enumerate() {
+                for (of, value) in line.iter().take(columns - column).enumerate() {
+                    b[(column + of) * k + k0 + term] = *value;
+                }
+            }
+        }
+    }
+    b
+}
+
 /// Adds what a part of B contributes to C.
 fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, c: Target<'_>, part: Part<'_>) {
     let (column, columns) = part.columns;

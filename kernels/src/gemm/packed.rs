@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 
 use super::bf16::{self, Int8Operand, PackedOperand};
-use super::block::{Right, pack_blocks};
+use super::block::{Right, pack_blocks, unpack_blocks};
 use super::micro::{MicroKernel, micro_kernel};
 use super::{Factor, Operand, Product, Start, Stored, bias_of, dims2, filled, multiply, product, product_full};
 use crate::error::check_dims;
@@ -93,6 +93,19 @@ impl PackedMatrix {
         match &self.panels {
             Panels::Int8(panels) => Ok(Some(tensor(panels.dequantised(), (self.n, self.k))?)),
             Panels::F32(..) | Panels::Bf16(_) => Ok(None),
+        }
+    }
+
+    /// The weight that was packed, to the bit; of one in 8 bits, what is multiplied with, in f32.
+    ///
+    /// # Errors
+    /// If the tensor library refuses.
+    pub fn unpacked(&self) -> Result<Tensor> {
+        let (n, k) = (self.n, self.k);
+        match &self.panels {
+            Panels::Bf16(panels) => tensor(panels.unpacked(), (n, k)),
+            Panels::F32(panels, kernel) => tensor(unpack_blocks(panels, n, k, kernel), (n, k)),
+            Panels::Int8(panels) => tensor(panels.dequantised(), (n, k)),
         }
     }
 

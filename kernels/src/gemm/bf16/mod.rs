@@ -65,6 +65,16 @@ impl PackedOperand {
         }
     }
 
+    /// The weight `[n, k]` that [`PackedOperand::new`] has packed.
+    pub(crate) fn unpacked(&self) -> Vec<bf16> {
+        let tiles = panel_tiles(self.terms);
+        let mut weight = vec![bf16::ZERO; self.columns * self.terms];
+        for (column, line) in weight.chunks_exact_mut(self.terms.max(1)).enumerate() {
+            pack::unpack_column(&self.tiles[column / LINES * tiles..][..tiles], column % LINES, line);
+        }
+        weight
+    }
+
     pub(crate) fn size_bytes(&self) -> usize {
         std::mem::size_of_val(self.tiles.as_slice())
     }

@@ -141,6 +141,15 @@ fn pack_scalar(side: Side, source: &[bf16], from: &Operand, lines: usize, terms:
     }
 }
 
+/// Copies a column of B out of its panel.
+pub(super) fn unpack_column(panel: &[Tile], column: usize, line: &mut [bf16]) {
+    for (terms, tiles) in line.chunks_mut(STEP).zip(panel.as_chunks::<2>().0) {
+        for (term, value) in terms.iter_mut().enumerate() {
+            *value = tiles[column / 16].0[term / 2 * 32 + column % 16 * 2 + term % 2];
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod vector {
     use std::arch::x86_64::*;
