@@ -71,7 +71,7 @@ fn trained(model: &Model, (batch, rows, labels): &Scored, recompute: Recompute) 
     let trace = model.trace(batch, None, recompute).unwrap();
     let loss = |out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
     let (_, out) = trace.backward_log_probs(rows, labels, &mut grads, loss).unwrap().unwrap();
-    (out.logp.to_vec1().unwrap(), grads.in_place().unwrap().to_vec())
+    (out.logp.to_vec1().unwrap(), grads.in_place().unwrap().unwrap())
 }
 
 /// What is recorded while sampling, with packed matrices and without, is what is scored and what is trained.

@@ -47,8 +47,9 @@ pub enum Reduction {
 
 #[derive(Debug)]
 enum Mode {
-    /// Kernels add to these buffers.
-    InPlace(Vec<UnitBuffer>),
+    /// Kernels add to these buffers, each of which is there from the first time that anything is added to it until the step:
+    /// at the beginning of a backward, when most activations are held, there is room for them where gradients will be.
+    InPlace(Vec<Option<UnitBuffer>>),
     Reduced(Reduced),
 }
 
@@ -67,7 +68,7 @@ impl Gradients {
             zeros.collect::<Result<Vec<_>>>()
         };
         let mode = if parallel.data_lanes == 1 {
-            Mode::InPlace(buffers()?)
+            Mode::InPlace(vec![None; layouts.len()])
         } else {
             let keeps_whole = placement.stage == ZeroStage::One && !parallel.data.is_solo();
             let sums = slicing.iter().map(|slicing| Sums { total: vec![0.0; slicing.each()], ..Sums::default() });
@@ -95,11 +96,14 @@ impl Gradients {
     }
 
     /// The gradient by unit, where one rank adds it up in place; on many ranks it lies in slices.
-    pub fn in_place(&self) -> Option<&[UnitBuffer]> {
-        match &self.mode {
-            Mode::InPlace(buffers) => Some(buffers),
-            Mode::Reduced(_) => None,
-        }
+    ///
+    /// # Errors
+    /// If the memory for the zeros of units that nothing was added to cannot be had.
+    pub fn in_place(&self) -> Result<Option<Vec<UnitBuffer>>> {
+        let Mode::InPlace(buffers) = &self.mode else { return Ok(None) };
+        let unit =
+            |(buffer, layout): (&Option<UnitBuffer>, _)| buffer.clone().map_or_else(|| UnitBuffer::zeros(layout), Ok);
+        buffers.iter().zip(&self.layouts).map(unit).collect::<Result<_>>().map(Some)
     }
 
     /// Whether a gradient waits for a step.
@@ -121,7 +125,7 @@ impl Gradients {
     pub(crate) fn open(&mut self, unit: usize) -> Result<UnitBuffer> {
         self.pending = true;
         let reduced = match &mut self.mode {
-            Mode::InPlace(buffers) => return Ok(buffers[unit].clone()),
+            Mode::InPlace(buffers) => return opened(&mut buffers[unit], &self.layouts[unit], self.slicing[unit]),
             Mode::Reduced(reduced) => reduced,
         };
         if let Some(whole) = &reduced.whole {
@@ -175,10 +179,10 @@ impl Gradients {
         reduced.absorb_all(&self.placement)
     }
 
-    /// Bytes held between passes.
+    /// Bytes held between the passes of a step.
     pub fn size_bytes(&self) -> u64 {
         let elements: usize = match &self.mode {
-            Mode::InPlace(buffers) => buffers.iter().map(|buffer| buffer.storage().elem_count()).sum(),
+            Mode::InPlace(_) => self.slicing.iter().map(Slicing::padded).sum(),
             Mode::Reduced(Reduced { whole, room, sums, .. }) => {
                 let whole = whole.iter().flatten().map(|buffer| buffer.storage().elem_count());
                 let room = room.iter().map(|room| room.buffer.storage().elem_count());
@@ -213,7 +217,8 @@ impl Gradients {
         match &mut self.mode {
             // The sum of two numbers does not depend on their order.
             Mode::InPlace(buffers) => {
-                tandem_kernels::slice::with_slice_mut(buffers[0].flat(), |mine| add_slice(mine, &terms))??;
+                let mine = opened(&mut buffers[0], &self.layouts[0], self.slicing[0])?;
+                tandem_kernels::slice::with_slice_mut(mine.flat(), |mine| add_slice(mine, &terms))??;
             }
             Mode::Reduced(reduced) => add_slice(&mut reduced.sums[0].total[..terms.len()], &terms)?,
         }
@@ -227,10 +232,13 @@ impl Gradients {
     pub fn with_slice<R>(&self, unit: usize, read: impl FnOnce(&[f32]) -> R) -> Result<R> {
         let range = self.slicing[unit].range(self.rank());
         match &self.mode {
-            Mode::InPlace(buffers) => {
-                let part: Tensor = buffers[unit].flat().narrow(0, range.start, range.len())?;
-                Ok(with_slice(&part, read)?)
-            }
+            Mode::InPlace(buffers) => match &buffers[unit] {
+                Some(buffer) => {
+                    let part: Tensor = buffer.flat().narrow(0, range.start, range.len())?;
+                    Ok(with_slice(&part, read)?)
+                }
+                None => Ok(read(&vec![0.0; range.len()])),
+            },
             Mode::Reduced(reduced) => Ok(read(&reduced.sums[unit].total[..range.len()])),
         }
     }
@@ -284,7 +292,10 @@ impl Gradients {
     pub fn clear(&mut self) -> Result<()> {
         (self.pending, self.joined) = (false, false);
         match &mut self.mode {
-            Mode::InPlace(buffers) => buffers.iter().try_for_each(UnitBuffer::clear),
+            Mode::InPlace(buffers) => {
+                buffers.fill(None);
+                Ok(())
+            }
             Mode::Reduced(reduced) => {
                 for sums in &mut reduced.sums {
                     sums.tree.clear();
@@ -293,6 +304,14 @@ impl Gradients {
                 Ok(())
             }
         }
+    }
+}
+
+/// The buffer of a unit, made of zeros if it is not there.
+fn opened(buffer: &mut Option<UnitBuffer>, layout: &Arc<UnitLayout>, slicing: Slicing) -> Result<UnitBuffer> {
+    match buffer {
+        Some(buffer) => Ok(buffer.clone()),
+        None => Ok(buffer.insert(UnitBuffer::zeros_padded(layout, slicing.padded())?).clone()),
     }
 }
 

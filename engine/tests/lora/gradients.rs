@@ -19,8 +19,8 @@ fn gradient(
 ) -> (f64, Vec<Vec<f32>>) {
     let mut engine = Engine::new(model.clone(), optimizer()).unwrap();
     let (loss, _) = engine.accumulate_log_probs(batch, rows, labels, dropout, recompute, negative_sum).unwrap();
-    let grads = engine.grads().in_place().unwrap().iter().map(|unit| unit.flat().to_vec1::<f32>().unwrap());
-    (loss, grads.collect())
+    let grads = engine.grads().in_place().unwrap().unwrap();
+    (loss, grads.iter().map(|unit| unit.flat().to_vec1::<f32>().unwrap()).collect())
 }
 
 /// The slope along each matrix's gradient, which central differences of the loss measure best, with dropout's masks held.

@@ -47,7 +47,7 @@ fn gradients(model: &Model, recompute: Recompute) -> (Vec<UnitBuffer>, LogProbs)
     let trace = model.trace(&batch, None, recompute).unwrap();
     let loss = |out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
     let (_, out) = trace.backward_log_probs(&rows, &labels, &mut grads, loss).unwrap().unwrap();
-    (grads.in_place().unwrap().to_vec(), out)
+    (grads.in_place().unwrap().unwrap(), out)
 }
 
 #[test]
