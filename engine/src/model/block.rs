@@ -4,6 +4,9 @@
 //! Post-norm: `h = norm1(x + attention(x))`, `y = norm2(h + mlp(h))`.
 //!
 //! Training, reading a prompt and decoding share every line here but the attention itself, which the caller passes in.
+//!
+//! What a norm or an activation makes of something that is kept anyway is not kept for the backward but made again there: a
+//! quarter of the memory for a hundredth of the time.
 
 use candle_core::Tensor;
 use tandem_kernels::attention::{AttentionSaved, AttentionSpec, attention, attention_backward};
@@ -22,6 +25,15 @@ use super::unit::{
     DOWN, DOWN_BIAS, NORM1, NORM1_BIAS, NORM2, NORM2_BIAS, OUTPUT, OUTPUT_BIAS, QKV, QKV_BIAS, UP, UP_BIAS, UnitBuffer,
 };
 use crate::Result;
+
+/// Whether a forward keeps what its backward can make again at little cost.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// It does not: the backward comes after those of many other blocks.
+    Least,
+    /// It does: the backward comes next.
+    All,
+}
 
 /// What a block's backward needs of its forward.
 pub(super) struct BlockSaved<S = AttentionSaved> {
@@ -42,7 +54,8 @@ struct Attended {
 /// Values of one piece of the MLP branch.
 struct Activated {
     up: Tensor,
-    activated: Tensor,
+    /// `None`: to be made again from `up`.
+    activated: Option<Tensor>,
 }
 
 /// What the adapters of a branch's two linear maps have read.
@@ -56,8 +69,8 @@ struct BranchSaved {
     /// Input of the norm.
     norm_input: Tensor,
     stats: NormStats,
-    /// Input of the branch's first linear map.
-    input: Tensor,
+    /// Input of the branch's first linear map; `None`: to be made again from that of the norm.
+    input: Option<Tensor>,
 }
 
 const QKV_MAP: Map = Map { weight: QKV, bias: Some(QKV_BIAS) };
@@ -82,8 +95,8 @@ pub(super) struct Block<'a> {
 
 impl Block<'_> {
     /// `y [T, d]` for `x [T, d]`, keeping what [`Block::backward`] needs.
-    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, BlockSaved)> {
-        self.run(x, pass, |place, qkv| Ok(attention(qkv, pass.cu_seqlens, &pass.attention[place])?))
+    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>, keep: Keep) -> Result<(Tensor, BlockSaved)> {
+        self.run(x, pass, keep, |place, qkv| Ok(attention(qkv, pass.cu_seqlens, &pass.attention[place])?))
     }
 
     /// `y [T, d]` for `x [T, d]`, keeping nothing; `attend` computes the attention of the rotated `qkv` of the piece at a
@@ -94,7 +107,7 @@ impl Block<'_> {
         pass: &Pass<'_>,
         attend: impl Fn(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        Ok(self.run(x, pass, |place, qkv| Ok((attend(place, qkv)?, ())))?.0)
+        Ok(self.run(x, pass, Keep::Least, |place, qkv| Ok((attend(place, qkv)?, ())))?.0)
     }
 
     /// The forward; `attend` returns something for the backward beside the attention's output.
@@ -102,13 +115,10 @@ impl Block<'_> {
         &self,
         x: &Tensor,
         pass: &Pass<'_>,
+        keep: Keep,
         attend: impl Fn(usize, &Tensor) -> Result<(Tensor, S)>,
     ) -> Result<(Tensor, BlockSaved<S>)> {
-        let spec = self.spec;
-        let attention_norm = |x: &Tensor| norm(spec, self.weights, NORM1, NORM1_BIAS, x);
-        let mlp_norm = |x: &Tensor| norm(spec, self.weights, NORM2, NORM2_BIAS, x);
-
-        let (h, attention, (attended, attention_low)) = self.branch(x, attention_norm, |input| {
+        let (h, attention, (attended, attention_low)) = self.branch(x, (NORM1, NORM1_BIAS), keep, |input| {
             let (mut saved, mut outputs) = (Vec::new(), Vec::new());
             let first = self.adapted.read(QKV, input, pass)?;
             for (place, piece) in self.pieces() {
@@ -128,24 +138,30 @@ impl Block<'_> {
             self.adapted.spread(OUTPUT, &second, &out)?;
             Ok((self.dropout(&out, pass, Site::Attention)?, (saved, BranchLow { first, second })))
         })?;
-        let (y, mlp, (activated, mlp_low)) = self.branch(&h, mlp_norm, |input| {
-            let (mut saved, mut outputs) = (Vec::new(), Vec::new());
+        let (y, mlp, (activated, mlp_low)) = self.branch(&h, (NORM2, NORM2_BIAS), keep, |input| {
+            let (mut saved, mut outputs, mut inputs) = (Vec::new(), Vec::new(), Vec::new());
             let first = self.adapted.read(UP, input, pass)?;
             for piece in self.numbers() {
                 let up = linear(self.weights, piece, UP_MAP, input)?;
                 self.adapted.write(UP, piece, &first, &up)?;
-                let activated =
-                    if spec.gated { mlp::gated(&up, spec.activation)? } else { mlp::activation(&up, spec.activation)? };
+                let activated = self.activate(&up)?;
                 outputs.push(linear_f32(self.weights, piece, self.inward(DOWN_MAP), &activated)?);
-                saved.push(Activated { up, activated });
+                saved.push(Activated { up, activated: (keep == Keep::All).then(|| activated.clone()) });
+                inputs.push((piece, activated));
             }
             let out = self.join(outputs, pass, DOWN_MAP)?;
-            let inputs: Vec<_> = self.numbers().zip(saved.iter().map(|saved: &Activated| &saved.activated)).collect();
+            let inputs: Vec<_> = inputs.iter().map(|(piece, activated)| (*piece, activated)).collect();
             let second = self.adapted.gather(DOWN, &inputs, pass)?;
             self.adapted.spread(DOWN, &second, &out)?;
             Ok((self.dropout(&out, pass, Site::Mlp)?, (saved, BranchLow { first, second })))
         })?;
         Ok((y, BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low }))
+    }
+
+    /// What the MLP makes of the output of its first map.
+    fn activate(&self, up: &Tensor) -> Result<Tensor> {
+        let act = self.spec.activation;
+        Ok(if self.spec.gated { mlp::gated(up, act)? } else { mlp::activation(up, act)? })
     }
 
     /// Numbers of the pieces held.
@@ -187,19 +203,22 @@ impl Block<'_> {
     fn branch<S>(
         &self,
         x: &Tensor,
-        norm: impl Fn(&Tensor) -> Result<(Tensor, NormStats)>,
+        (weight, bias): (&str, &str),
+        keep: Keep,
         compute: impl FnOnce(&Tensor) -> Result<(Tensor, S)>,
     ) -> Result<(Tensor, BranchSaved, S)> {
+        let norm = |x: &Tensor| norm(self.spec, self.weights, weight, bias, x);
         if self.spec.post_norm {
             let input = rounded(self.weights, x)?;
             let (out, inner) = compute(&input)?;
             add_in_place(&out, x)?;
             let (y, stats) = norm(&out)?;
-            Ok((y, BranchSaved { norm_input: out, stats, input }, inner))
+            Ok((y, BranchSaved { norm_input: out, stats, input: Some(input) }, inner))
         } else {
             let (input, stats) = norm(x)?;
             let (out, inner) = compute(&input)?;
             add_in_place(&out, x)?;
+            let input = (keep == Keep::All).then_some(input);
             Ok((out, BranchSaved { norm_input: x.clone(), stats, input }, inner))
         }
     }
@@ -216,13 +235,14 @@ impl Block<'_> {
         let (spec, adapted) = (self.spec, &self.adapted);
         let grads = adapted.adapters.is_none().then_some(trained);
         let BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low } = saved;
-        let dh = self.branch_backward(&mlp, dy, grads, (NORM2, NORM2_BIAS), |dy| {
+        let dh = self.branch_backward(&mlp, dy, grads, (NORM2, NORM2_BIAS), |dy, input| {
             let dy = self.dropout(dy, pass, Site::Mlp)?;
             self.join_backward(&dy, grads, DOWN_MAP)?;
             let dy = rounded(self.weights, &dy)?;
             let low = adapted.spread_backward(DOWN, &mlp_low.second, &dy, trained)?;
             let (mut inputs, mut rising) = (Vec::new(), Vec::new());
             for (piece, Activated { up, activated }) in self.numbers().zip(&activated) {
+                let activated = &activated.clone().map_or_else(|| self.activate(up), Ok)?;
                 let map = self.inward(DOWN_MAP);
                 let d_activated = linear_backward(self.weights, grads, piece, map, activated, &dy)?;
                 adapted.gather_backward(DOWN, piece, &low, activated, &d_activated, pass, trained)?;
@@ -231,15 +251,15 @@ impl Block<'_> {
                 } else {
                     mlp::activation_backward(&d_activated, up, spec.activation)?
                 };
-                inputs.push(linear_backward_f32(self.weights, grads, piece, UP_MAP, &mlp.input, &d_up)?);
+                inputs.push(linear_backward_f32(self.weights, grads, piece, UP_MAP, input, &d_up)?);
                 adapted.write_backward(UP, piece, &mlp_low.first, &d_up, trained, &mut rising)?;
             }
             let dx = pieces::sum(inputs, pass.tensor, "gradient of the mlp's input")?;
-            adapted.read_backward(UP, rising, &mlp.input, &dx, pass, trained)?;
+            adapted.read_backward(UP, rising, input, &dx, pass, trained)?;
             Ok(dx)
         })?;
         drop((mlp, activated));
-        self.branch_backward(&attention, &dh, grads, (NORM1, NORM1_BIAS), |dy| {
+        self.branch_backward(&attention, &dh, grads, (NORM1, NORM1_BIAS), |dy, input| {
             let dy = self.dropout(dy, pass, Site::Attention)?;
             self.join_backward(&dy, grads, OUTPUT_MAP)?;
             let dy = rounded(self.weights, &dy)?;
@@ -254,34 +274,39 @@ impl Block<'_> {
                 if let Some(table) = pass.rope {
                     rope_qkv(&dqkv, spec.heads, spec.kv_heads, table, pass.positions, true)?;
                 }
-                inputs.push(linear_backward_f32(self.weights, grads, piece, QKV_MAP, &attention.input, &dqkv)?);
+                inputs.push(linear_backward_f32(self.weights, grads, piece, QKV_MAP, input, &dqkv)?);
                 adapted.write_backward(QKV, piece, &attention_low.first, &dqkv, trained, &mut rising)?;
             }
             let dx = pieces::sum(inputs, pass.tensor, "gradient of the attention's input")?;
-            adapted.read_backward(QKV, rising, &attention.input, &dx, pass, trained)?;
+            adapted.read_backward(QKV, rising, input, &dx, pass, trained)?;
             Ok(dx)
         })
     }
 
-    /// Backward of [`Block::branch`]; `compute` maps the gradient of the branch's output to that of its input.
+    /// Backward of [`Block::branch`]; `compute` maps the gradient of the branch's output, and its input, to the gradient of its
+    /// input.
     fn branch_backward(
         &self,
         saved: &BranchSaved,
         dy: &Tensor,
         grads: Option<&UnitBuffer>,
         (weight, bias): (&str, &str),
-        compute: impl FnOnce(&Tensor) -> Result<Tensor>,
+        compute: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        let input = match &saved.input {
+            Some(input) => input.clone(),
+            None => norm(self.spec, self.weights, weight, bias, &saved.norm_input)?.0,
+        };
         let through_norm = |dy: &Tensor, past: Option<&Tensor>| {
             norm_backward(self.spec, self.weights, grads, weight, bias, &saved.norm_input, &saved.stats, dy, past)
         };
         if self.spec.post_norm {
             let d_sum = through_norm(dy, None)?;
-            let dx = compute(&d_sum)?;
+            let dx = compute(&d_sum, &input)?;
             add_in_place(&dx, &d_sum)?;
             Ok(dx)
         } else {
-            through_norm(&compute(dy)?, Some(dy))
+            through_norm(&compute(dy, &input)?, Some(dy))
         }
     }
 

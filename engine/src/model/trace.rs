@@ -2,7 +2,7 @@
 
 use candle_core::{Tensor, Var};
 
-use super::block::BlockSaved;
+use super::block::{BlockSaved, Keep};
 use super::ends::{EmbedSaved, Ends, check_targets};
 use super::pass::Dropout;
 use super::unit::Head;
@@ -14,7 +14,7 @@ use crate::parallel::{Gradients, pipeline};
 /// Whether a block's forward runs again in the backward instead of keeping its intermediate values. Same bits either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recompute {
-    /// Keep every intermediate value.
+    /// Keep what a backward needs and would not have again for next to nothing.
     Off,
     /// Keep a block's input only: about a third more arithmetic, a fraction of the memory.
     On,
@@ -59,8 +59,8 @@ impl Model {
         };
         let mut kept = Vec::with_capacity(self.blocks.len());
         for index in self.blocks.clone() {
-            let unit = self.unit(index + 1, self.after(index))?;
-            let (y, saved) = self.block(index, &unit).forward(&x, &pass)?;
+            let unit = self.unit_of_pass(index + 1, batch.tokens(), self.after(index))?;
+            let (y, saved) = self.block(index, &unit).forward(&x, &pass, Keep::Least)?;
             kept.push(match recompute {
                 Recompute::On => Kept::Input(x),
                 Recompute::Off => Kept::All(saved),
@@ -227,11 +227,11 @@ impl Trace<'_> {
         let mut index = model.blocks.end;
         while let Some(last) = kept.pop() {
             index -= 1;
-            let unit = model.unit(index + 1, model.before(index))?;
+            let unit = model.unit_of_pass(index + 1, batch.tokens(), model.before(index))?;
             let block = model.block(index, &unit);
             let saved = match last {
                 Kept::All(saved) => saved,
-                Kept::Input(x) => block.forward(&x, &pass)?.1,
+                Kept::Input(x) => block.forward(&x, &pass, Keep::All)?.1,
             };
             let buffer = grads.open(index + 1)?;
             dx = block.backward(saved, &dx, &pass, &buffer)?;
