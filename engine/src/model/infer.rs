@@ -22,7 +22,7 @@ impl Model {
             pipeline::receive_rows(&self.parallel, batch.tokens(), self.spec.hidden, pipeline::Direction::Forward)?
         };
         for index in self.blocks.clone() {
-            let unit = self.unit(index + 1, self.after(index))?;
+            let unit = self.unit_of_pass(index + 1, batch.tokens(), self.after(index))?;
             let attend = |place: usize, qkv: &Tensor| Ok(attention(qkv, pass.cu_seqlens, &pass.attention[place])?.0);
             x = self.block(index, &unit).infer(&x, &pass, attend)?;
         }
@@ -115,7 +115,7 @@ impl Model {
         let ends = self.unit(0, None)?;
         let (mut x, _) = self.ends(&ends).embed(&batch.ids, &pass)?;
         for (index, layer) in cache.iter().enumerate() {
-            let unit = self.unit(index + 1, None)?;
+            let unit = self.unit_of_pass(index + 1, batch.tokens(), None)?;
             x = self.block(index, &unit).infer(&x, &pass, |place, qkv| {
                 layer[place].append(qkv, pass.attention[place].heads, &entries)?;
                 Ok(attention(qkv, pass.cu_seqlens, &pass.attention[place])?.0)

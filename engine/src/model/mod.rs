@@ -31,7 +31,7 @@ pub use blueprint::Blueprint;
 pub use pass::Dropout;
 pub use trace::{Recompute, Trace};
 
-use crate::parallel::{Fetched, Group, Parallel, Weights};
+use crate::parallel::{Fetched, Group, Packing, Parallel, Weights};
 use crate::precision::{Precision, WeightFormat};
 use crate::{Error, Packed, Result};
 use block::Block;
@@ -177,12 +177,22 @@ impl Model {
         if precision == Precision::F32 {
             return Ok(self);
         }
-        let kept = |unit: &UnitBuffer| match weights {
+        let tensor = &self.tensor;
+        let kept = |unit: UnitBuffer| match weights {
             WeightFormat::Precision => unit.narrowed(),
-            WeightFormat::Int8 => unit.quantised(&self.tensor),
+            WeightFormat::Int8 => unit.quantised(tensor),
         };
-        let kept = self.units()?.iter().map(kept).collect::<Result<_>>()?;
-        self.weights = Weights::solo(kept, precision);
+        self.weights = match self.weights {
+            // Each unit is let go of before the next is narrowed.
+            Weights::Whole(whole) => {
+                let kept = whole.into_masters().map(|unit| kept(unit?)).collect::<Result<_>>()?;
+                Weights::solo(kept, precision)
+            }
+            sliced @ Weights::Sliced(_) => {
+                let kept = |index| kept(sliced.fetch_master(index)?);
+                Weights::solo((0..=self.spec.layers).map(kept).collect::<Result<_>>()?, precision)
+            }
+        };
         Ok(self)
     }
 
@@ -204,10 +214,16 @@ impl Model {
         self.weights.precision()
     }
 
-    /// Keeps the matrices of whole units packed for decoding from now on, or no longer: a second copy of them, several times as
-    /// fast with few rows. What changes is packed again when it is next needed.
+    /// Keeps the matrices of whole units packed for decoding from now on, or no longer: several times as fast with few rows.
+    /// What changes is packed again when it is next needed. There is no plain bf16 matrix of a block beside a packed one; those
+    /// of a model that is not trained stay packed.
     pub(crate) fn keep_packed(&self, wants_packed: bool) {
-        self.weights.keep_packed(wants_packed);
+        self.weights.set_packing(match (wants_packed, &self.adapters) {
+            (false, _) => Packing::None,
+            (true, None) => Packing::Instead,
+            // Adapters are trained through plain matrices.
+            (true, Some(_)) => Packing::Beside,
+        });
     }
 
     /// What the model is.
@@ -278,9 +294,20 @@ impl Model {
 
     /// The weights and adapters of unit `index`, while those of `next` may already be on their way.
     fn unit(&self, index: usize, next: impl IntoIterator<Item = usize, IntoIter: Clone>) -> Result<Unit> {
+        self.unit_of_pass(index, 0, next)
+    }
+
+    /// As [`Self::unit`], for a pass over `tokens` tokens.
+    fn unit_of_pass(
+        &self,
+        index: usize,
+        tokens: usize,
+        next: impl IntoIterator<Item = usize, IntoIter: Clone>,
+    ) -> Result<Unit> {
         let next = next.into_iter();
-        let weights = self.weights.fetch(index, next.clone())?;
-        let adapters = self.adapters.as_ref().map(|adapters| adapters.weights.fetch(index, next)).transpose()?;
+        let weights = self.weights.fetch(index, tokens, next.clone())?;
+        let adapters =
+            self.adapters.as_ref().map(|adapters| adapters.weights.fetch(index, tokens, next)).transpose()?;
         Ok(Unit { weights, adapters })
     }
 

@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
 use tandem_kernels::slice::with_slice;
 
 use super::Model;
@@ -178,11 +177,10 @@ impl Model {
     /// The buffers of a copy for generation: those of `room`, if it was kept, or new ones.
     fn inference_room(&self, room: Option<Model>, layouts: &[Arc<UnitLayout>]) -> Result<Vec<UnitBuffer>> {
         if let Some(Model { weights: Weights::Whole(whole), .. }) = &room {
-            return Ok(whole.masters().to_vec());
+            return (0..layouts.len()).map(|index| whole.room(index)).collect();
         }
         let dtype = self.precision().dtype();
-        let new = |layout| UnitBuffer::on(layout, Tensor::zeros(layout.len(), dtype, &Device::Cpu)?);
-        layouts.iter().map(new).collect()
+        layouts.iter().map(|layout| UnitBuffer::zeros_of(layout, dtype)).collect()
     }
 
     /// Whether the weights that are trained can generate as they lie: whole units, all blocks, and the same ranks together.
@@ -207,7 +205,7 @@ impl Weights {
     pub(crate) fn with_held(&self, index: usize, read: impl FnOnce(&[f32])) -> Result<()> {
         match self {
             // Weights that are never trained may be kept in bf16 only.
-            Weights::Whole(whole) => with_slice(whole.masters()[index].widened()?.flat(), read)?,
+            Weights::Whole(whole) => with_slice(whole.master(index)?.widened()?.flat(), read)?,
             Weights::Sliced(sliced) => sliced.with_slice(index, read),
         }
         Ok(())

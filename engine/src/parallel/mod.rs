@@ -27,3 +27,5 @@ pub use reshard::{Holding, Transfer, moved_elements, plan};
 pub use slice::{Offload, SliceBuffer, Slicing};
 pub(crate) use stages::{blocks_of_stage, layouts_of};
 pub(crate) use weights::{Fetched, Weights};
+pub use whole::LARGE_PASS;
+pub(crate) use whole::Packing;

@@ -10,7 +10,7 @@ use tandem_collective::{Shared, Work};
 use tandem_kernels::slice::{with_slice, with_slice_mut, with_slice_mut_of};
 
 use super::slice::{Offload, SliceBuffer, Slicing};
-use super::whole::Whole;
+use super::whole::{Packing, Whole};
 use super::{Parallel, Placement, ZeroStage, words};
 use crate::model::unit::{UnitBuffer, UnitLayout};
 use crate::precision::{Precision, WeightFormat};
@@ -151,23 +151,28 @@ impl Weights {
     /// What linear maps are kept in.
     pub(crate) fn format(&self) -> WeightFormat {
         match self {
-            Weights::Whole(whole) if whole.masters().iter().any(UnitBuffer::is_int8) => WeightFormat::Int8,
+            Weights::Whole(whole) if whole.is_int8() => WeightFormat::Int8,
             Weights::Whole(_) | Weights::Sliced(_) => WeightFormat::Precision,
         }
     }
 
-    /// Keeps the matrices of whole units packed for products with few rows from now on, or no longer.
-    pub(crate) fn keep_packed(&self, wants_packed: bool) {
+    /// Chooses whether the matrices of whole units are packed for products with few rows from now on.
+    pub(crate) fn set_packing(&self, packing: Packing) {
         if let Weights::Whole(whole) = self {
-            whole.keep_packed(wants_packed);
+            whole.set_packing(packing);
         }
     }
 
-    /// The weights of unit `index`. In slices, all data-parallel ranks call this together, and the gathers of the units in
-    /// `upcoming` may be started ahead.
-    pub(crate) fn fetch(&self, index: usize, upcoming: impl IntoIterator<Item = usize>) -> Result<Fetched> {
+    /// The weights of unit `index` for a pass over `tokens` tokens. In slices, all data-parallel ranks call this together, and
+    /// the gathers of the units in `upcoming` may be started ahead.
+    pub(crate) fn fetch(
+        &self,
+        index: usize,
+        tokens: usize,
+        upcoming: impl IntoIterator<Item = usize>,
+    ) -> Result<Fetched> {
         match self {
-            Weights::Whole(whole) => Ok(Fetched { buffer: whole.computed(index)?, home: None }),
+            Weights::Whole(whole) => Ok(Fetched { buffer: whole.computed(index, tokens)?, home: None }),
             Weights::Sliced(sliced) => sliced.fetch(index, upcoming),
         }
     }
@@ -176,7 +181,7 @@ impl Weights {
     /// data-parallel ranks call this together.
     pub(crate) fn fetch_master(&self, index: usize) -> Result<UnitBuffer> {
         match self {
-            Weights::Whole(whole) => whole.masters()[index].widened(),
+            Weights::Whole(whole) => whole.master(index)?.widened(),
             Weights::Sliced(sliced) => sliced.gather_master(index),
         }
     }
@@ -189,7 +194,7 @@ impl Weights {
     /// The layouts of the units.
     pub(crate) fn layouts(&self) -> Vec<Arc<UnitLayout>> {
         match self {
-            Weights::Whole(whole) => whole.masters().iter().map(|unit| unit.layout().clone()).collect(),
+            Weights::Whole(whole) => whole.layouts().to_vec(),
             Weights::Sliced(sliced) => sliced.layouts.clone(),
         }
     }
@@ -207,7 +212,7 @@ impl Weights {
         match self {
             Weights::Whole(whole) => {
                 whole.changed(index);
-                let part = whole.masters()[index].flat().narrow(0, range.start, range.len())?;
+                let part = whole.master(index)?.flat().narrow(0, range.start, range.len())?;
                 Ok(with_slice_mut(&part, change)?)
             }
             Weights::Sliced(sliced) => {
@@ -239,7 +244,7 @@ impl Weights {
         let range = slicing.range(rank);
         match self {
             Weights::Whole(whole) => {
-                let part = whole.masters()[index].flat().narrow(0, range.start, range.len())?;
+                let part = whole.master(index)?.flat().narrow(0, range.start, range.len())?;
                 Ok(with_slice(&part, read)?)
             }
             Weights::Sliced(sliced) => Ok(read(&sliced.lock().slices[index][..range.len()])),
@@ -252,8 +257,9 @@ impl Weights {
         if slices == 1 {
             return Ok(());
         }
-        for (index, unit) in whole.masters().iter().enumerate().filter(|(_, unit)| !unit.layout().is_empty()) {
+        for (index, _) in whole.layouts().iter().enumerate().filter(|(_, layout)| !layout.is_empty()) {
             whole.changed(index);
+            let unit = whole.master(index)?;
             let each = unit.storage().elem_count() / data.size();
             let mine = with_slice(&unit.storage().narrow(0, data.rank() * each, each)?, <[f32]>::to_vec)?;
             with_slice_mut(unit.storage(), |all| data.world().all_gather_f32(data.tag("spread weights"), &mine, all))??;

@@ -1,29 +1,46 @@
 //! Whole weights of units, and what passes compute with where that is not the weights themselves.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Result;
-use crate::model::unit::UnitBuffer;
+use crate::model::unit::{UnitBuffer, UnitId, UnitLayout};
 use crate::precision::Precision;
+
+/// Tokens from which on a pass makes the bf16 copy of a block whenever it comes to it, and lets it go. What such a pass keeps
+/// for its backward is more than all copies together, and computing takes a hundred times as long as copying; those of
+/// smaller passes are kept until the weights change.
+pub const LARGE_PASS: usize = 1024;
 
 /// The weights of units that this rank has whole.
 #[derive(Debug)]
 pub(crate) struct Whole {
-    /// What is trained, in f32; of a model that is not trained, the weights in the format that it computes in.
-    masters: Vec<UnitBuffer>,
+    layouts: Vec<Arc<UnitLayout>>,
     precision: Precision,
-    derived: Vec<Mutex<Derived>>,
+    units: Vec<Mutex<Held>>,
 }
 
-/// What is made from the master weights of a unit, when it is first needed after they have changed.
-#[derive(Debug, Default)]
-struct Derived {
+/// Whether matrices are packed for products with few rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// They are not.
+    #[default]
+    None,
+    /// They are, beside the plain ones.
+    Beside,
+    /// They are, and bf16 matrices of blocks are held in no other way.
+    Instead,
+}
+
+/// What is held of a unit: its weights, and what is made from them when it is first needed after they have changed.
+#[derive(Debug)]
+struct Held {
+    /// What is trained, in f32; of a model that is not trained, the weights in the format that it computes in.
+    master: UnitBuffer,
     /// The weights in the format that passes compute in, if the master weights are in another one.
     copy: Option<UnitBuffer>,
     /// Whether the copy is of the weights as they are now.
     is_fresh: bool,
-    /// Whether matrices are to be kept packed for products with few rows.
-    wants_packed: bool,
+    packing: Packing,
     /// The weights with their packed matrices, as they are now.
     packed: Option<UnitBuffer>,
 }
@@ -31,8 +48,9 @@ struct Derived {
 impl Whole {
     /// Units that compute in `precision`.
     pub(crate) fn new(masters: Vec<UnitBuffer>, precision: Precision) -> Self {
-        let derived = masters.iter().map(|_| Mutex::default()).collect();
-        Self { masters, precision, derived }
+        let layouts = masters.iter().map(|unit| unit.layout().clone()).collect();
+        let held = |master| Held { master, copy: None, is_fresh: false, packing: Packing::None, packed: None };
+        Self { layouts, precision, units: masters.into_iter().map(|master| Mutex::new(held(master))).collect() }
     }
 
     /// The format that passes compute in.
@@ -40,61 +58,120 @@ impl Whole {
         self.precision
     }
 
-    /// The weights that are trained.
-    pub(crate) fn masters(&self) -> &[UnitBuffer] {
-        &self.masters
+    /// The layouts of the units.
+    pub(crate) fn layouts(&self) -> &[Arc<UnitLayout>] {
+        &self.layouts
     }
 
-    /// The weights of a unit as passes compute with them.
-    pub(crate) fn computed(&self, index: usize) -> Result<UnitBuffer> {
-        let mut derived = self.derived(index);
-        if let Some(packed) = &derived.packed {
+    /// Whether matrices of blocks are kept in 8 bits.
+    pub(crate) fn is_int8(&self) -> bool {
+        (0..self.units.len()).any(|index| self.held(index).master.is_int8())
+    }
+
+    /// The weights of a unit that are trained; of a model that is not trained, those in the format that it computes in.
+    pub(crate) fn master(&self, index: usize) -> Result<UnitBuffer> {
+        self.held(index).master.plain()
+    }
+
+    /// Room for the weights of a unit: where they lie, or, if they are packed, new room instead of them.
+    pub(crate) fn room(&self, index: usize) -> Result<UnitBuffer> {
+        let mut held = self.held(index);
+        held.packed = None;
+        if !held.master.is_plain() {
+            let (layout, dtype) = (held.master.layout().clone(), held.master.dtype());
+            // The packed ones go before the new room comes.
+            held.master = UnitBuffer::zeros_of(&Arc::new(layout.emptied()), dtype)?;
+            held.master = UnitBuffer::zeros_of(&layout, dtype)?;
+        }
+        Ok(held.master.clone())
+    }
+
+    /// All units, each as [`Self::master`] and let go of here if nobody else has them.
+    pub(crate) fn into_masters(self: Arc<Self>) -> impl Iterator<Item = Result<UnitBuffer>> {
+        let count = self.units.len();
+        let (mut own, shared) = match Arc::try_unwrap(self) {
+            Ok(own) => (own.units, None),
+            Err(shared) => (Vec::new(), Some(shared)),
+        };
+        own.reverse();
+        (0..count).map(move |index| match (own.pop(), &shared) {
+            (Some(unit), _) => unit.into_inner().unwrap_or_else(PoisonError::into_inner).master.plain(),
+            (None, Some(shared)) => shared.master(index),
+            (None, None) => unreachable!("a unit for each index"),
+        })
+    }
+
+    /// The weights of a unit as a pass over `tokens` tokens computes with them.
+    pub(crate) fn computed(&self, index: usize, tokens: usize) -> Result<UnitBuffer> {
+        let mut held = self.held(index);
+        if let Some(packed) = &held.packed {
             return Ok(packed.clone());
         }
-        let master = &self.masters[index];
-        let unit = if master.dtype() == self.precision.dtype() {
-            master.clone()
+        let is_block = held.master.layout().id != UnitId::Ends;
+        let instead = is_block && held.packing == Packing::Instead && self.precision == Precision::Bf16;
+        let is_master = held.master.dtype() == self.precision.dtype();
+        let unit = if is_master {
+            held.master.clone()
         } else {
-            match (&derived.copy, derived.is_fresh) {
-                (Some(copy), true) => copy.clone(),
-                (Some(copy), false) => {
-                    copy.narrow_from(master)?;
-                    copy.clone()
-                }
-                (None, _) => derived.copy.insert(master.narrowed()?).clone(),
-            }
+            held.narrowed(!instead && !(is_block && tokens >= LARGE_PASS))?
         };
-        derived.is_fresh = true;
-        if derived.wants_packed {
-            return Ok(derived.packed.insert(unit.packed()?).clone());
+        match held.packing {
+            Packing::None => Ok(unit),
+            _ if !unit.is_plain() => Ok(unit),
+            _ if instead && is_master => {
+                held.master = unit.packed_instead()?;
+                Ok(held.master.clone())
+            }
+            _ => {
+                let packed = if instead { unit.packed_instead()? } else { unit.packed()? };
+                Ok(held.packed.insert(packed).clone())
+            }
         }
-        Ok(unit)
     }
 
     /// Says that the master weights of a unit have changed.
     pub(crate) fn changed(&self, index: usize) {
-        let mut derived = self.derived(index);
-        derived.is_fresh = false;
-        derived.packed = None;
+        let mut held = self.held(index);
+        held.is_fresh = false;
+        held.packed = None;
     }
 
-    /// Keeps matrices packed from now on, or no longer.
-    pub(crate) fn keep_packed(&self, wants_packed: bool) {
-        for index in 0..self.masters.len() {
-            let mut derived = self.derived(index);
-            derived.wants_packed = wants_packed;
-            derived.packed = None;
+    /// Chooses whether matrices are packed from now on.
+    pub(crate) fn set_packing(&self, packing: Packing) {
+        for index in 0..self.units.len() {
+            let mut held = self.held(index);
+            held.packing = packing;
+            held.packed = None;
         }
     }
 
     /// A deep copy of the master weights.
     pub(crate) fn duplicate(&self) -> Result<Self> {
-        let masters = self.masters.iter().map(UnitBuffer::duplicate).collect::<Result<_>>()?;
+        let masters = (0..self.units.len()).map(|index| self.master(index)?.duplicate()).collect::<Result<_>>()?;
         Ok(Self::new(masters, self.precision))
     }
 
-    fn derived(&self, index: usize) -> MutexGuard<'_, Derived> {
+    fn held(&self, index: usize) -> MutexGuard<'_, Held> {
         // What a panic leaves is either not fresh or whole.
-        self.derived[index].lock().unwrap_or_else(PoisonError::into_inner)
+        self.units[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Held {
+    /// The master weights in bf16: from a copy if there is one, which is kept or made only if `keeps`.
+    fn narrowed(&mut self, keeps: bool) -> Result<UnitBuffer> {
+        let copy = match self.copy.take() {
+            Some(copy) if self.is_fresh => copy,
+            Some(copy) if keeps => {
+                copy.narrow_from(&self.master)?;
+                copy
+            }
+            _ => self.master.narrowed()?,
+        };
+        if keeps {
+            self.copy = Some(copy.clone());
+            self.is_fresh = true;
+        }
+        Ok(copy)
     }
 }

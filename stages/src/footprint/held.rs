@@ -5,6 +5,7 @@ use tandem_engine::WeightFormat;
 use tandem_engine::generate::CacheSize;
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
+use tandem_engine::parallel::LARGE_PASS;
 
 use super::share::{Units, int8_bytes};
 use super::{Case, F32, Held, Phase, SLOTS};
@@ -58,7 +59,7 @@ impl Case<'_> {
             parts.push(part(format!("{name}: weights"), weights, weights_in_files));
         }
         if is_narrow && is_trained && !is_sliced {
-            parts.push(always(format!("{name}: weights to compute with"), number * units.total()));
+            parts.push(always(format!("{name}: weights to compute with"), self.copies(&units)));
         }
         if is_sliced {
             let ahead = self.config.parallel.prefetch_units as u64;
@@ -96,6 +97,17 @@ impl Case<'_> {
         parts
     }
 
+    /// Bytes of what passes in bf16 compute with beside the weights that are trained: of large ones the ends and a block. Small
+    /// ones keep all blocks, but fewer activations.
+    fn copies(&self, units: &Units) -> u64 {
+        let (all, tokens) = (self.number() * units.total(), self.micro_batch_tokens());
+        if tokens < LARGE_PASS {
+            return all;
+        }
+        let spared = self.activations(tokens) - self.activations(LARGE_PASS - 1);
+        (self.number() * (units.ends + units.block)).max(all.saturating_sub(spared))
+    }
+
     /// The optimizer that moves `role`.
     pub(super) fn optimizer(&self, role: Role) -> &OptimizerConfig {
         match (self.stage, role) {
@@ -124,8 +136,10 @@ impl Case<'_> {
             parts.push(Held { what, bytes: self.number() * units.total(), file_bytes: 0, phase });
         }
         let what = "actor: matrices packed for decoding".to_owned();
-        // What is kept in 8 bits is packed; the head remains.
-        let packed = if is_int8 { units.ends } else { units.total() };
+        // What is kept in 8 bits is packed, and in bf16 those of a copy's blocks are there instead of the plain ones: the head
+        // remains.
+        let is_instead = is_int8 || self.needs_copy() && self.number() != F32;
+        let packed = if is_instead { units.ends } else { units.total() };
         parts.push(Held { what, bytes: self.number() * packed, file_bytes: 0, phase: Some(Phase::Generating) });
         let replicas = (self.mesh.world() / tensor).max(1);
         let slots = SLOTS.min(ppo.samples_per_iteration().div_ceil(replicas));
@@ -150,18 +164,21 @@ impl Case<'_> {
         sharded || !same_cut || self.config.lora.is_on()
     }
 
-    /// Bytes of what a forward keeps for its backward: per block the inputs of its norms, branches and linear maps; with
-    /// recomputation only the block's input, and all of one block at a time. The first stage of a pipeline keeps as many
-    /// micro-batches as there are stages.
+    /// Bytes of what a forward keeps for its backward: per block the inputs of its norms and what linear maps and attention
+    /// make; with recomputation only the block's input. All of one block at a time: also what norms and activations make. The
+    /// first stage of a pipeline keeps as many micro-batches as there are stages.
     fn activations(&self, tokens: usize) -> u64 {
         let spec = self.spec;
-        let tensor = self.mesh.tensor.max(1);
-        let cut = spec.qkv_width() + spec.heads * spec.head_dim + spec.heads + spec.up_width() + spec.mlp_width;
-        let number = self.number() as usize;
+        let (tensor, number) = (self.mesh.tensor.max(1), self.number() as usize);
         // The residual stream goes into two norms in f32; what branches compute is in the format of the weights.
-        let block = (2 * F32 as usize + 2 * number) * spec.hidden + number * cut.div_ceil(tensor);
+        let residual = 2 * F32 as usize * spec.hidden;
+        let cut = spec.qkv_width() + spec.heads * spec.head_dim + spec.heads + spec.up_width();
+        let inputs = 2 * number * spec.hidden;
+        let block = residual + inputs + number * (cut + spec.mlp_width).div_ceil(tensor);
+        // Without a norm before it, a branch reads the residual stream, rounded.
+        let lean = residual + if spec.post_norm { inputs } else { 0 } + number * cut.div_ceil(tensor);
         let layers = spec.layers.div_ceil(self.mesh.pipeline.max(1));
-        let kept = if self.recompute() { F32 as usize * layers * spec.hidden } else { layers * block };
+        let kept = if self.recompute() { F32 as usize * layers * spec.hidden } else { layers * lean };
         let under_way = (self.mesh.pipeline as u64).min(self.micro_batches(self.rows_per_step()));
         // The backward of a block holds about as much again as its forward has kept of it.
         let working = if self.recompute() { 2 * block } else { block };

@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use tandem_kernels::gemm::PackedMatrix;
 use tandem_kernels::rng::{Philox, Purpose};
 use tandem_kernels::slice::{narrow_slice, to_bf16, to_f32, with_slice, with_slice_mut_of};
 
-use super::int8::Rest;
-use super::{EMBEDDING, HEAD, Init, POSITIONS, ParamSlot, SCORE, UnitLayout};
+use super::packed::PackedUnit;
+use super::{Init, UnitLayout};
 use crate::{Error, Result};
 
 /// A flat buffer with a unit's layout: its weights, its gradients or an optimizer moment, in f32; or the weights in the
@@ -20,10 +19,8 @@ pub struct UnitBuffer {
     pub(super) flat: Tensor,
     /// What `flat` lies at the beginning of.
     pub(super) storage: Tensor,
-    /// Matrices packed for products with few rows, or kept in 8 bits, by offset.
-    pub(super) packed: Option<Arc<Vec<(usize, PackedMatrix)>>>,
-    /// Where all else lies, if matrices are kept in 8 bits only.
-    pub(super) rest: Option<Arc<Rest>>,
+    /// Matrices packed for products with few rows, or kept in 8 bits.
+    pub(super) packed: Option<Arc<PackedUnit>>,
 }
 
 impl UnitBuffer {
@@ -43,6 +40,14 @@ impl UnitBuffer {
         Self::on(layout, Tensor::zeros(padded, DType::F32, &Device::Cpu)?)
     }
 
+    /// A buffer of zeros of this element type.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub(crate) fn zeros_of(layout: &Arc<UnitLayout>, dtype: DType) -> Result<Self> {
+        Self::on(layout, Tensor::zeros(layout.len(), dtype, &Device::Cpu)?)
+    }
+
     /// A buffer at the beginning of `storage`, which it shares.
     ///
     /// # Errors
@@ -53,7 +58,7 @@ impl UnitBuffer {
         }
         let flat =
             if storage.elem_count() == layout.len() { storage.clone() } else { storage.narrow(0, 0, layout.len())? };
-        Ok(Self { layout: layout.clone(), flat, storage, packed: None, rest: None })
+        Ok(Self { layout: layout.clone(), flat, storage, packed: None })
     }
 
     /// Initial weights: each parameter drawn at its own address, so that a unit does not depend on the others.
@@ -138,36 +143,6 @@ impl UnitBuffer {
         Ok(with_slice(&wide.flat, narrow)???)
     }
 
-    /// The same weights with their matrices packed beside them.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    pub(crate) fn packed(&self) -> Result<Self> {
-        if self.is_int8() {
-            return Ok(self.clone());
-        }
-        // A table of embeddings is looked up, unless it is the head too.
-        let has = |name| self.layout.params.iter().any(|slot| slot.name == name);
-        let is_looked_up = |name| name == POSITIONS || name == EMBEDDING && (has(HEAD) || has(SCORE));
-        let matrices = self.layout.params.iter().filter(|slot| slot.shape.len() == 2 && !is_looked_up(slot.name));
-        let pack = |slot: &ParamSlot| Ok((slot.offset, PackedMatrix::new(&self.view(slot)?)?));
-        let packed = Arc::new(matrices.map(pack).collect::<Result<Vec<_>>>()?);
-        Ok(Self { packed: Some(packed), ..self.clone() })
-    }
-
-    /// The parameter `name` of a piece, packed; `None` if it is not.
-    pub(crate) fn packed_of(&self, piece: usize, name: &str) -> Option<&PackedMatrix> {
-        let packed = self.packed.as_deref()?;
-        let offset = self.layout.slot_of(piece, name)?.offset;
-        packed.iter().find(|(of, _)| *of == offset).map(|(_, matrix)| matrix)
-    }
-
-    /// Bytes of memory: of all elements, or of what is kept of them, and of packed matrices.
-    pub fn size_bytes(&self) -> usize {
-        let packed = self.packed.iter().flat_map(|packed| packed.iter()).map(|(_, matrix)| matrix.size_bytes());
-        self.storage.elem_count() * self.dtype().size_in_bytes() + packed.sum::<usize>()
-    }
-
     /// The layout.
     pub fn layout(&self) -> &Arc<UnitLayout> {
         &self.layout
@@ -214,12 +189,6 @@ impl UnitBuffer {
     /// If the tensor library refuses the view.
     pub fn find_of(&self, piece: usize, name: &str) -> Result<Option<Tensor>> {
         self.layout.slot_of(piece, name).map(|slot| self.view(slot)).transpose()
-    }
-
-    pub(super) fn view(&self, slot: &ParamSlot) -> Result<Tensor> {
-        let hidden = || Error::KeptInt8 { unit: self.layout.id, name: slot.name };
-        let offset = self.rest.as_ref().map_or(Ok(slot.offset), |rest| rest.offset(slot).ok_or_else(hidden))?;
-        Ok(self.flat.narrow(0, offset, slot.len())?.reshape(slot.shape.as_slice())?)
     }
 
     /// Overwrites every element with zero, in place.

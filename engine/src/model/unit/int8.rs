@@ -11,20 +11,10 @@ use candle_core::{Device, Tensor};
 use tandem_kernels::gemm::{PackedMatrix, row_maxima};
 use tandem_kernels::slice::{to_bf16, to_f32, with_slice};
 
+use super::packed::PackedUnit;
 use super::{ParamSlot, Shard, UnitBuffer, UnitId};
 use crate::parallel::{Group, bytes};
 use crate::{Error, Result};
-
-/// Where the parameters that are no matrices lie in the flat buffer of such a unit: offset in the layout, offset here.
-#[derive(Debug)]
-pub(super) struct Rest(Vec<(usize, usize)>);
-
-impl Rest {
-    /// First element of a parameter; `None` for a matrix.
-    pub(super) fn offset(&self, slot: &ParamSlot) -> Option<usize> {
-        self.0.iter().find(|(offset, _)| *offset == slot.offset).map(|(_, here)| *here)
-    }
-}
 
 fn is_matrix(slot: &ParamSlot) -> bool {
     slot.shape.len() == 2
@@ -59,13 +49,8 @@ impl UnitBuffer {
         })?;
         let len = values.len();
         let flat = to_bf16(&Tensor::from_vec(values, len, &Device::Cpu)?)?;
-        Ok(Self {
-            layout: self.layout.clone(),
-            storage: flat.clone(),
-            flat,
-            packed: Some(Arc::new(packed)),
-            rest: Some(Arc::new(Rest(places))),
-        })
+        let packed = PackedUnit { matrices: packed, others: Some(places), is_int8: true };
+        Ok(Self { layout: self.layout.clone(), storage: flat.clone(), flat, packed: Some(Arc::new(packed)) })
     }
 
     /// The largest magnitudes in the rows of each matrix: of whole rows, also where several pieces share them.
@@ -102,16 +87,15 @@ impl UnitBuffer {
 
     /// Whether matrices are kept in 8 bits.
     pub(crate) fn is_int8(&self) -> bool {
-        self.rest.is_some()
+        self.packed.as_ref().is_some_and(|packed| packed.is_int8)
     }
 
     /// The weights that are multiplied with, in f32, in the flat buffer of the layout.
     pub(super) fn dequantised(&self) -> Result<Self> {
         let mut flat = vec![0f32; self.layout.len()];
         for slot in &self.layout.params {
-            let packed = self.packed.iter().flat_map(|packed| packed.iter()).find(|(offset, _)| *offset == slot.offset);
-            let values = match packed {
-                Some((_, matrix)) => matrix.dequantised()?,
+            let values = match self.packed.as_ref().and_then(|packed| packed.find(slot.offset)) {
+                Some(matrix) => matrix.dequantised()?,
                 None => Some(to_f32(&self.view(slot)?)?),
             };
             let Some(values) = values else { return Err(Error::KeptInt8 { unit: self.layout.id, name: slot.name }) };

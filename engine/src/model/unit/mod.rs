@@ -6,6 +6,7 @@ mod content;
 mod cut;
 mod int8;
 mod layout;
+mod packed;
 mod params;
 mod runs;
 

@@ -36,15 +36,15 @@ fn weights_do_not_change_under_a_gather_that_nobody_has_fetched() {
                         weights.change(unit, slicing(&layouts[unit], &placement), at, |values| values.fill(1.0))
                     };
                     // A pass that fetches the first block and fails before the second, which is on its way already.
-                    drop(weights.fetch(1, [2]).unwrap());
+                    drop(weights.fetch(1, 1, [2]).unwrap());
                     assert!(matches!(change(2), Err(Error::WeightsInUse)), "{precision:?}");
                     // One that takes both leaves them free.
-                    drop(weights.fetch(2, []).unwrap());
+                    drop(weights.fetch(2, 1, []).unwrap());
                     // As the norm of the gradient does in a step: nobody reads any more.
                     rank.barrier(Tag::new("all have read", 0)).unwrap();
                     change(2).unwrap();
                     rank.barrier(Tag::new("all have changed", 0)).unwrap();
-                    let fetched = weights.fetch(2, []).unwrap();
+                    let fetched = weights.fetch(2, 1, []).unwrap();
                     let whole = fetched.widened().unwrap();
                     assert!(with_slice(whole.flat(), |values| values.iter().all(|&value| value == 1.0)).unwrap());
                 });
