@@ -2,7 +2,9 @@
 
 use tandem_engine::Model;
 use tandem_engine::generate::{Request, SamplingKey, generate};
+use tandem_engine::model::Blueprint;
 use tandem_engine::model::unit::Head;
+use tandem_engine::parallel::Placement;
 use tandem_kernels::sample::SamplingParams;
 
 use super::case::Case;
@@ -23,11 +25,17 @@ pub(super) fn prompts(shape: Shape, iteration: u64) -> Vec<Vec<u32>> {
     lengths.into_iter().enumerate().map(prompt).collect()
 }
 
+/// A model that is not trained, as stages load it: unit by unit, in the format that it is kept in.
+pub(super) fn frozen(case: &Case, head: Head, seed: u64) -> Result<Model, BenchError> {
+    let (precision, weights) = (case.precision.precision(), case.weights());
+    let placement = Placement { precision, is_frozen: true, weights, ..Placement::solo() };
+    Ok(Blueprint::initial(case.shape.spec(), head, seed).place(&placement)?)
+}
+
 pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(case.threads()).build()?;
     let seconds = pool.install(|| {
-        let model = Model::initial(case.shape.spec(), Head::Language, 1234)?;
-        let model = model.frozen(case.precision.precision(), case.weights())?;
+        let model = frozen(case, Head::Language, 1234)?;
         let requests: Vec<Request> = prompts(case.shape, 0)
             .into_iter()
             .enumerate()

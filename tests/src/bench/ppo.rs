@@ -12,7 +12,7 @@ use tandem_stages::ppo::update::{Learners, Lesson, UpdateConfig, update};
 use tandem_stages::ranks::Team;
 
 use super::case::Case;
-use super::generate::{NEW_TOKENS, PROMPT_TOKENS, SEQUENCES, prompts};
+use super::generate::{NEW_TOKENS, PROMPT_TOKENS, SEQUENCES, frozen, prompts};
 use super::train::{optimizer, recompute};
 use super::{BenchError, Measured, median, peak_mib};
 
@@ -37,8 +37,7 @@ fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
     let model = |head, seed| Model::initial(spec.clone(), head, seed);
     let mut actor = Engine::new(model(Head::Language, 1234)?.with_precision(precision)?, optimizer())?;
     let mut critic = Engine::new(model(Head::Scalar, 1235)?.with_precision(precision)?, optimizer())?;
-    let frozen = |head, seed| model(head, seed)?.frozen(precision, case.weights());
-    let (reference, reward) = (frozen(Head::Language, 1234)?, frozen(Head::Scalar, 1236)?);
+    let (reference, reward) = (frozen(case, Head::Language, 1234)?, frozen(case, Head::Scalar, 1236)?);
     let rollout = RolloutConfig {
         sampling: SamplingParams::default(),
         max_response_tokens: NEW_TOKENS,
