@@ -206,7 +206,7 @@ impl Model {
     /// # Errors
     /// If ranks have lost each other.
     pub fn computed_bytes(&self) -> Result<usize> {
-        (0..=self.spec.layers).map(|index| Ok(self.weights.fetch(index, None)?.size_bytes())).sum()
+        (0..=self.spec.layers).map(|index| Ok(self.weights.fetch(index, 0, None)?.size_bytes())).sum()
     }
 
     /// What passes compute in.

@@ -113,7 +113,7 @@ impl Whole {
         let unit = if is_master {
             held.master.clone()
         } else {
-            held.narrowed(!instead && !(is_block && tokens >= LARGE_PASS))?
+            held.narrowed(!(instead || is_block && tokens >= LARGE_PASS))?
         };
         match held.packing {
             Packing::None => Ok(unit),
