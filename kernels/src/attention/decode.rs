@@ -12,11 +12,12 @@ use rayon::prelude::*;
 use super::cache::Blocks;
 use super::forward::block_range;
 use super::kernels::Kernels;
-use super::layout::{Scratch, prefetch_keys, prefetch_values};
+use super::layout::{Scratch, halves};
 use super::running::{Query, Running};
 use super::{AttentionSpec, BLOCK_KEYS, KvCacheLayer};
 use crate::element::{Element, with_element};
 use crate::error::check_dims;
+use crate::prefetch::prefetch;
 use crate::profile::{Class, time};
 use crate::view::{tensor, view_of};
 use crate::{Error, Result};
@@ -204,24 +205,29 @@ impl<E: Kernels> Step<'_, E> {
     pub(super) fn prefetch_after(&self, spans: &[Span], at: usize, n: usize, head: usize) {
         let row = spans[at].row;
         if n + 1 < self.seen(row).end {
-            return prefetch_keys(self.keys(row, head, n + 1), self.range(row, n + 1));
+            return E::prefetch_keys(self.keys(row, head, n + 1), self.range(row, n + 1));
         }
         let Some(Span { row, heads }) = spans.get(at + 1) else { return };
         if !heads.contains(&head) {
             return;
         }
         let first = self.seen(*row).start;
-        prefetch_keys(self.keys(*row, head, first), self.range(*row, first));
+        E::prefetch_keys(self.keys(*row, head, first), self.range(*row, first));
+        self.prefetch_place(*row, head);
+    }
+
+    /// Asks for the places of a row's new key and value, if it is to be stored.
+    pub(super) fn prefetch_place(&self, row: usize, head: usize) {
         if self.appends {
-            let position = self.rows[*row].1 - 1;
+            let position = self.rows[row].1 - 1;
             let n = position / BLOCK_KEYS;
-            E::prefetch_key(self.keys(*row, head, n), self.values(*row, head, n), position % BLOCK_KEYS);
+            E::prefetch_place(self.keys(row, head, n), self.values(row, head, n), position % BLOCK_KEYS);
         }
     }
 
     /// Asks for the values of a block that a row sees.
     pub(super) fn prefetch_values(&self, row: usize, head: usize, n: usize) {
-        prefetch_values(self.values(row, head, n), self.range(row, n));
+        prefetch(halves(self.values(row, head, n), self.range(row, n)));
     }
 }
 

@@ -21,15 +21,15 @@ use crate::math::{LANES, ln};
 /// Running softmax of `ROWS` (16 or 32) query rows; exponentials are powers of two.
 pub(super) struct Running<const ROWS: usize> {
     /// Largest score so far, per row, in powers of two.
-    maximum: [f32; ROWS],
+    pub(super) maximum: [f32; ROWS],
     /// Sum of `2^(score - maximum)` by lanes, `[ROWS, 16]`.
-    sums: Room<f32>,
+    pub(super) sums: Room<f32>,
     /// Unnormalised output, `[ROWS, D padded]`.
-    output: Room<f32>,
+    pub(super) output: Room<f32>,
     /// `[ROWS, 64]`.
-    scores: Room<f32>,
+    pub(super) scores: Room<f32>,
     /// `[ROWS, 64]`.
-    probabilities: Room<bf16>,
+    pub(super) probabilities: Room<bf16>,
 }
 
 impl<const ROWS: usize> Running<ROWS> {
