@@ -6,7 +6,8 @@ use crate::amx::Tiles;
 use crate::prefetch::{LINE, prefetch_line};
 
 /// Steps of 32 terms by which B is asked for ahead of its use: 8 KiB. It is the panels of a matrix one after the other, so
-/// what lies behind the end of a panel is the next one.
+/// what lies behind the end of a panel is the next one. Only every other tile is asked for: the processor follows by itself,
+/// and with more than it can hold requests for, everything would wait.
 const AHEAD: usize = 4;
 
 /// `sums = A·B` over whole steps of 32 terms, of `rows` rows: as [`super::amx::multiply`].
@@ -21,7 +22,7 @@ pub(super) fn multiply(tiles: &Tiles, rows: usize, a: &[Tile], b: &[Tile], sums:
     tiles.zero::<3>();
     for (a, b) in a.iter().zip(b) {
         let next = b.as_ptr().wrapping_add(2 * AHEAD).cast::<u8>();
-        (0..2 * TILE).step_by(LINE).for_each(|at| prefetch_line(next.wrapping_add(at)));
+        (0..TILE).step_by(LINE).for_each(|at| prefetch_line(next.wrapping_add(at)));
         let (a, b) = (a.as_ptr().cast::<u8>(), b.as_ptr().cast::<u8>());
         // SAFETY: each of the two pairs holds two tiles.
         unsafe {
