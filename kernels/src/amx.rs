@@ -144,17 +144,3 @@ impl Drop for Tiles {
         unsafe { std::arch::asm!("tilerelease", options(nostack, nomem)) };
     }
 }
-
-/// Asks for the lines of `rows` rows of `bytes` bytes, `stride` bytes apart, in order to write them.
-///
-/// # Safety
-/// The processor must have tiles (every such processor has the instruction).
-pub(crate) unsafe fn prefetch_for_writing<T>(start: *mut T, rows: usize, bytes: usize, stride: usize) {
-    for row in 0..rows {
-        for line in (0..bytes).step_by(64) {
-            let at = start.wrapping_byte_add(row * stride + line);
-            // SAFETY: a hint that reads and writes nothing.
-            unsafe { std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags)) };
-        }
-    }
-}

@@ -34,3 +34,16 @@ pub(crate) fn prefetch<T>(values: &[T]) {
         prefetch_line(start.wrapping_add(at));
     }
 }
+
+/// Asks for the line at `at` in order to write it: a store to a line that is not there, or that another processor has,
+/// holds up those after it.
+///
+/// # Safety
+/// The processor must have AVX-512 (every such processor has the instruction).
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn prefetch_line_for_writing<T>(at: *const T) {
+    // SAFETY: a hint that reads and writes nothing. In assembly, because the intrinsic asks for reading unless the whole
+    // build is for such processors.
+    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags)) };
+}

@@ -6,17 +6,16 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::blocks::{Block, HeadRows, copy_head, pack, padded};
 use super::multiply::{Left, ROWS, multiply};
 use super::queries::{Gathered, Lanes, QueryTile, TILE_QUERIES, VECTORS, lanes};
+use super::tasks::{self, Ahead, Lines, Task};
 use super::tile::Right;
 #[cfg(target_arch = "x86_64")]
 use super::vector;
 use super::{AttentionSpec, BLOCK_KEYS};
 use crate::element::Element;
-use crate::gemm::transpose;
+use crate::gemm::{Output, transpose};
 use crate::math::{LANES, dot, exp};
 use crate::room::Room;
 use crate::simd::{Isa, fma, simd_fn};
@@ -32,6 +31,27 @@ pub(super) struct Inputs<'a, E> {
     pub(super) o: &'a [E],
     /// Logarithms of the sums of exponentials, `[T, H]`.
     pub(super) lse: &'a [f32],
+}
+
+impl<E: Element> Inputs<'_, E> {
+    /// Bytes that a key-value head takes of a row, read and written.
+    pub(super) fn row_bytes(&self, spec: &AttentionSpec) -> usize {
+        4 * (spec.group() + 1) * spec.head_dim * size_of::<E>()
+    }
+
+    /// What a task reads, and what it writes of `dqkv`.
+    pub(super) fn lines(&self, task: &Task, dqkv: *const E, spec: &AttentionSpec) -> Vec<Lines> {
+        let mut lines = vec![task.query_lines(self.lse.as_ptr(), spec.heads, 1, spec)];
+        for (start, width) in
+            [(self.qkv, spec.qkv_width()), (self.d_o, spec.output_width()), (self.o, spec.output_width())]
+        {
+            lines.push(task.query_lines(start.as_ptr(), width, spec.head_dim, spec));
+        }
+        lines.extend(task.key_lines(self.qkv.as_ptr(), spec));
+        lines.push(task.query_lines(dqkv, spec.qkv_width(), spec.head_dim, spec).writing());
+        lines.extend(task.key_lines(dqkv, spec).map(Lines::writing));
+        lines
+    }
 }
 
 /// A tile of queries of one head.
@@ -61,6 +81,8 @@ struct KeyBlock<'a> {
 /// What a task works in.
 #[derive(Default)]
 struct Scratch {
+    /// The queries of a head.
+    tiles: Vec<Queries>,
     keys: Room,
     values: Room,
     /// `P` and `dS`, `[64, 32]`.
@@ -74,12 +96,19 @@ struct Scratch {
 }
 
 /// Writes the gradient of `qkv` to `dqkv [T, (H + 2K) D]`.
-pub(super) fn backward<E: Element>(inputs: Inputs<E>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [E]) {
-    let sequences = blocks.chunk_by(|a, b| a.first == b.first);
-    let tasks: Vec<_> = sequences.flat_map(|s| (0..spec.kv_heads).map(move |kv_head| (s, kv_head))).collect();
+pub(super) fn backward<E: Element>(inputs: Inputs<E>, blocks: &[Block], spec: &AttentionSpec, dqkv: Output<'_, E>) {
+    let tasks = tasks::cut(blocks, spec, inputs.row_bytes(spec), false);
     let dqkv = HeadRows::new(dqkv, spec.qkv_width(), spec.head_dim);
-    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (sequence, kv_head)| {
-        group_gradients(sequence, kv_head, inputs, spec, scratch, &dqkv);
+    let lines = |task: &Task| inputs.lines(task, dqkv.start(), spec);
+    let tiles_of_block = BLOCK_KEYS / TILE_QUERIES;
+    let columns = padded(spec.head_dim).div_ceil(2 * LANES);
+    // Tiles of the five products of a block of keys and a tile of queries.
+    let tiles = (2 * BLOCK_KEYS + padded(spec.head_dim) + 2 * BLOCK_KEYS * columns) / ROWS;
+    let steps = |task: &Task| task.pairs(spec) * tiles_of_block * tiles;
+    tasks::run(&tasks, Scratch::default, lines, steps, |task, scratch, ahead| {
+        for kv_head in task.kv_heads.clone() {
+            group_gradients(task.sequence, kv_head, inputs, spec, scratch, &dqkv, ahead);
+        }
     });
 }
 
@@ -91,11 +120,12 @@ fn group_gradients<E: Element>(
     spec: &AttentionSpec,
     scratch: &mut Scratch,
     dqkv: &HeadRows<E>,
+    ahead: &mut Ahead,
 ) {
     let (width, head_dim, stride) = (spec.qkv_width(), spec.head_dim, padded(spec.head_dim));
     let key_column = (spec.heads + kv_head) * head_dim;
     let columns = [key_column, key_column + spec.kv_heads * head_dim];
-    let Scratch { keys, values, pair: [p, ds], head: gradients, total, rows } = scratch;
+    let Scratch { tiles, keys, values, pair: [p, ds], head: gradients, total, rows } = scratch;
     let keys = pack(inputs.qkv, width, columns[0], head_dim, sequence, keys);
     let values = pack(inputs.qkv, width, columns[1], head_dim, sequence, values);
     let pair = (p.first(BLOCK_KEYS * TILE_QUERIES), ds.first(BLOCK_KEYS * TILE_QUERIES));
@@ -106,8 +136,10 @@ fn group_gradients<E: Element>(
         let [dk, dv] = into.each_mut().map(|room| room.first(keys.len()));
         dk.fill(0.0);
         dv.fill(0.0);
-        let tiles = head_gradients(sequence, head, inputs, (keys, values), spec, (&mut *pair.0, &mut *pair.1), dk, dv);
-        for queries in &tiles {
+        let count = gather_queries(sequence, head, inputs, spec, tiles);
+        let tiles = &mut tiles[..count];
+        head_gradients(sequence, tiles, (keys, values), spec, (&mut *pair.0, &mut *pair.1), dk, dv, ahead);
+        for queries in tiles {
             transpose(&queries.dq, TILE_QUERIES, stride, TILE_QUERIES, stride, rows);
             let tile = &queries.tile;
             // SAFETY: the heads of a sequence belong to one task.
@@ -131,46 +163,71 @@ simd_fn! {
     fn row_dot(a: &[f32], b: &[f32]) -> f32 = dot;
 }
 
-/// Adds to `dk` and `dv` what query head `head` of a sequence contributes; returns its tiles with the gradients of `q`.
-fn head_gradients<E: Element>(
+/// Gathers the queries of a head of a sequence into the first of `tiles`; returns how many.
+fn gather_queries<E: Element>(
     sequence: &[Block],
     head: usize,
     inputs: Inputs<E>,
+    spec: &AttentionSpec,
+    tiles: &mut Vec<Queries>,
+) -> usize {
+    let mut count = 0;
+    for tile in sequence.iter().flat_map(|block| QueryTile::of(block, spec)) {
+        if count == tiles.len() {
+            tiles.push(Queries::new(tile, spec));
+        }
+        tiles[count].gather(tile, head, inputs, spec);
+        count += 1;
+    }
+    count
+}
+
+/// Adds to `dk` and `dv` what the queries of one head of a sequence contribute, and to the queries their gradients.
+fn head_gradients(
+    sequence: &[Block],
+    tiles: &mut [Queries],
     (keys, values): (&[f32], &[f32]),
     spec: &AttentionSpec,
     (probabilities, d_scores): (&mut [f32], &mut [f32]),
     dk: &mut [f32],
     dv: &mut [f32],
-) -> Vec<Queries> {
+    ahead: &mut Ahead,
+) {
     let size = BLOCK_KEYS * padded(spec.head_dim);
-    let tiles = sequence.iter().flat_map(|block| QueryTile::of(block, spec));
-    let mut tiles: Vec<_> = tiles.map(|tile| Queries::new(tile, head, inputs, spec)).collect();
     for (n, block) in sequence.iter().enumerate() {
         let part = n * size..(n + 1) * size;
         let key_block = KeyBlock { position: block.position, k: &keys[part.clone()], v: &values[part.clone()] };
         let (dk, dv) = (&mut dk[part.clone()], &mut dv[part]);
-        for queries in &mut tiles {
-            block_gradients(queries, key_block, spec, probabilities, d_scores, dk, dv);
+        for queries in &mut *tiles {
+            block_gradients(queries, key_block, spec, probabilities, d_scores, dk, dv, ahead);
         }
     }
-    tiles
 }
 
 impl Queries {
-    fn new<E: Element>(tile: QueryTile, head: usize, inputs: Inputs<E>, spec: &AttentionSpec) -> Self {
+    fn new(tile: QueryTile, spec: &AttentionSpec) -> Self {
+        let (q, d_o) = (Gathered::new(spec.head_dim), Gathered::new(spec.head_dim));
+        let zeros = [[0.0; LANES]; VECTORS];
+        let dq = Room::zeros(padded(spec.head_dim) * TILE_QUERIES);
+        Self { tile, q, d_o, lse: zeros, delta: zeros, dq }
+    }
+
+    /// Gathers a tile of head `head`, with no gradient so far.
+    fn gather<E: Element>(&mut self, tile: QueryTile, head: usize, inputs: Inputs<E>, spec: &AttentionSpec) {
         let (head_dim, stride, width) = (spec.head_dim, padded(spec.head_dim), spec.output_width());
-        let (mut q, mut d_o) = (Gathered::new(head_dim), Gathered::new(head_dim));
-        q.gather(&tile, inputs.qkv, spec.qkv_width(), head * head_dim, head_dim);
-        d_o.gather(&tile, inputs.d_o, width, head * head_dim, head_dim);
-        let (mut o, source) = (vec![0.0; TILE_QUERIES * stride], &inputs.o[tile.token * width..][..tile.rows * width]);
-        copy_head(source, width, head * head_dim, head_dim, 0, &mut o);
-        let (mut lse, mut delta) = ([[0.0; LANES]; VECTORS], [[0.0; LANES]; VECTORS]);
+        self.tile = tile;
+        self.q.gather(&tile, inputs.qkv, spec.qkv_width(), head * head_dim, head_dim);
+        self.d_o.gather(&tile, inputs.d_o, width, head * head_dim, head_dim);
+        (self.lse, self.delta) = ([[0.0; LANES]; VECTORS], [[0.0; LANES]; VECTORS]);
+        // The room of the gradient first holds the output.
+        let source = &inputs.o[tile.token * width..][..tile.rows * width];
+        copy_head(source, width, head * head_dim, head_dim, 0, &mut self.dq);
         for row in 0..tile.rows {
             let columns = row * stride..row * stride + head_dim;
-            lse[row / LANES][row % LANES] = inputs.lse[(tile.token + row) * spec.heads + head];
-            delta[row / LANES][row % LANES] = row_dot(&d_o.rows[columns.clone()], &o[columns]);
+            self.lse[row / LANES][row % LANES] = inputs.lse[(tile.token + row) * spec.heads + head];
+            self.delta[row / LANES][row % LANES] = row_dot(&self.d_o.rows[columns.clone()], &self.dq[columns]);
         }
-        Self { tile, q, d_o, lse, delta, dq: Room::zeros(stride * TILE_QUERIES) }
+        self.dq.fill(0.0);
     }
 }
 
@@ -184,6 +241,7 @@ fn block_gradients(
     d_scores: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
+    ahead: &mut Ahead,
 ) {
     let seen = queries.tile.keys(keys.position);
     if seen.is_empty() {
@@ -194,15 +252,15 @@ fn block_gradients(
     let by_key = |values| Left { values, row: stride, step: 1 };
     let lanes = |values| Right { values, stride: TILE_QUERIES };
     let (q, d_o) = (lanes(&queries.q.lanes), lanes(&queries.d_o.lanes));
-    multiply(by_key(keys.k), whole.clone(), q, 0..head_dim, probabilities, TILE_QUERIES, TILE_QUERIES, false);
-    multiply(by_key(keys.v), whole.clone(), d_o, 0..head_dim, d_scores, TILE_QUERIES, TILE_QUERIES, false);
+    multiply(by_key(keys.k), whole.clone(), q, 0..head_dim, probabilities, TILE_QUERIES, TILE_QUERIES, false, ahead);
+    multiply(by_key(keys.v), whole.clone(), d_o, 0..head_dim, d_scores, TILE_QUERIES, TILE_QUERIES, false, ahead);
     score_gradients(probabilities, d_scores, whole.clone(), keys.position, queries, spec.scale);
     let k = Left { values: keys.k, row: 1, step: stride };
-    multiply(k, 0..stride, lanes(d_scores), seen, &mut queries.dq, TILE_QUERIES, TILE_QUERIES, true);
+    multiply(k, 0..stride, lanes(d_scores), seen, &mut queries.dq, TILE_QUERIES, TILE_QUERIES, true, ahead);
     let over_queries = |values| Left { values, row: TILE_QUERIES, step: 1 };
     let (q, d_o) = (Right { values: &queries.q.rows, stride }, Right { values: &queries.d_o.rows, stride });
-    multiply(over_queries(probabilities), whole.clone(), d_o, 0..rows, dv, stride, stride, true);
-    multiply(over_queries(d_scores), whole, q, 0..rows, dk, stride, stride, true);
+    multiply(over_queries(probabilities), whole.clone(), d_o, 0..rows, dv, stride, stride, true, ahead);
+    multiply(over_queries(d_scores), whole, q, 0..rows, dk, stride, stride, true, ahead);
 }
 
 /// Turns scores `[64, 32]` of the `keys` of the block that starts at key `start` into probabilities, and gradients of

@@ -1,5 +1,7 @@
 //! Sequences cut into blocks of 64 tokens, and keys and values packed per block as the tiles read them.
 
+use std::mem::MaybeUninit;
+
 use super::BLOCK_KEYS;
 use crate::element::Element;
 use crate::gemm::Output;
@@ -119,7 +121,7 @@ pub(super) fn pack<'a, E: Element>(
     packed
 }
 
-/// The rows of a result, of which every task writes its own heads.
+/// The rows of a result, of which every task writes its own heads; they need not be initialised.
 pub(super) struct HeadRows<'a, E> {
     values: Output<'a, E>,
     width: usize,
@@ -128,8 +130,13 @@ pub(super) struct HeadRows<'a, E> {
 
 impl<'a, E: Element> HeadRows<'a, E> {
     /// Rows of `width` with heads of `head_dim` columns.
-    pub(super) fn new(values: &'a mut [E], width: usize, head_dim: usize) -> Self {
-        Self { values: Output::new(values), width, head_dim }
+    pub(super) fn new(values: Output<'a, E>, width: usize, head_dim: usize) -> Self {
+        Self { values, width, head_dim }
+    }
+
+    /// The first element, to ask for.
+    pub(super) fn start(&self) -> *const E {
+        self.values.start()
     }
 
     /// Rounds rows `from`, which lie `stride` apart, to the head at `column` of the rows from `token` on.
@@ -142,9 +149,15 @@ impl<'a, E: Element> HeadRows<'a, E> {
             // SAFETY: the elements exist, as just checked, and are this task's alone.
             let to = unsafe {
                 let at = self.values.start().add((token + row) * self.width + column);
-                std::slice::from_raw_parts_mut(at, self.head_dim)
+                std::slice::from_raw_parts_mut(at.cast::<MaybeUninit<E>>(), self.head_dim)
             };
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = E::narrow(*from));
+            // A vector at a time: a row is too short for a call that copies it.
+            let ((vectors, rest), (from, last)) = (to.as_chunks_mut::<LANES>(), from.as_chunks::<LANES>());
+            let end = from[vectors.len()..].as_flattened().iter().chain(last);
+            for (to, from) in vectors.iter_mut().zip(from) {
+                *to = from.map(|value| MaybeUninit::new(E::narrow(value)));
+            }
+            rest.iter_mut().zip(end).for_each(|(to, from)| *to = MaybeUninit::new(E::narrow(*from)));
         }
     }
 }

@@ -4,17 +4,16 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::blocks::{Block, HeadRows, pack, padded};
 use super::multiply::{Left, ROWS, multiply};
 use super::queries::{Gathered, Lanes, QueryTile, TILE_QUERIES, VECTORS, lanes};
+use super::tasks::{self, Ahead, Task};
 use super::tile::Right;
 #[cfg(target_arch = "x86_64")]
 use super::vector;
 use super::{AttentionSpec, BLOCK_KEYS};
 use crate::element::Element;
-use crate::gemm::transpose;
+use crate::gemm::{Output, transpose};
 use crate::math::{LANES, exp, larger, ln};
 use crate::room::Room;
 use crate::simd::{Isa, fma, simd_fn};
@@ -46,17 +45,16 @@ struct Scratch {
     rows: Room,
 }
 
-/// Query blocks of a task: enough to be worth the copying of the keys that they see.
-const TASK_BLOCKS: usize = 4;
-
 /// Attention of all blocks; writes `o [T, H D]` and `lse [T, H]`.
-pub(super) fn forward<E: Element>(qkv: &[E], blocks: &[Block], spec: &AttentionSpec, o: &mut [E], lse: &mut [f32]) {
-    let mut tasks = Vec::new();
-    for sequence in blocks.chunk_by(|a, b| a.first == b.first) {
-        for queries in sequence.chunks(TASK_BLOCKS) {
-            tasks.extend((0..spec.kv_heads).map(|kv_head| (sequence, queries, kv_head)));
-        }
-    }
+pub(super) fn forward<E: Element>(
+    qkv: &[E],
+    blocks: &[Block],
+    spec: &AttentionSpec,
+    o: Output<'_, E>,
+    lse: Output<'_, f32>,
+) {
+    let row_bytes = 2 * (spec.group() + 1) * spec.head_dim * size_of::<E>();
+    let tasks = tasks::cut(blocks, spec, row_bytes, true);
     let (o, lse) = (HeadRows::new(o, spec.output_width(), spec.head_dim), HeadRows::new(lse, spec.heads, 1));
     let stride = padded(spec.head_dim);
     let scratch = || Scratch {
@@ -67,35 +65,46 @@ pub(super) fn forward<E: Element>(qkv: &[E], blocks: &[Block], spec: &AttentionS
         output: Room::zeros(stride * TILE_QUERIES),
         rows: Room::zeros(TILE_QUERIES * stride),
     };
-    tasks.into_par_iter().for_each_init(scratch, |scratch, (sequence, queries, kv_head)| {
-        attend_group(sequence, queries, kv_head, qkv, spec, scratch, &o, &lse);
+    let lines = |task: &Task| {
+        let mut lines = vec![task.query_lines(qkv.as_ptr(), spec.qkv_width(), spec.head_dim, spec)];
+        lines.extend(task.key_lines(qkv.as_ptr(), spec));
+        lines.push(task.query_lines(o.start(), spec.output_width(), spec.head_dim, spec).writing());
+        lines.push(task.query_lines(lse.start(), spec.heads, 1, spec).writing());
+        lines
+    };
+    let tiles_of_block = BLOCK_KEYS / TILE_QUERIES;
+    let steps = |task: &Task| task.pairs(spec) * tiles_of_block * (BLOCK_KEYS + stride) / ROWS;
+    tasks::run(&tasks, scratch, lines, steps, |task, scratch, ahead| {
+        for kv_head in task.kv_heads.clone() {
+            attend_group(task, kv_head, qkv, spec, scratch, &o, &lse, ahead);
+        }
     });
 }
 
-/// Attention of the query heads that read `kv_head`, for the blocks `queries` of a sequence.
+/// Attention of a task's query heads that read `kv_head`.
 fn attend_group<E: Element>(
-    sequence: &[Block],
-    queries: &[Block],
+    task: &Task,
     kv_head: usize,
     qkv: &[E],
     spec: &AttentionSpec,
     scratch: &mut Scratch,
     o: &HeadRows<E>,
     lse: &HeadRows<f32>,
+    ahead: &mut Ahead,
 ) {
     let (width, head_dim) = (spec.qkv_width(), spec.head_dim);
-    let tiles = || queries.iter().flat_map(|block| QueryTile::of(block, spec));
-    let seen = tiles().map(|tile| tile.blocks()).reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
-    let Some(seen) = seen else { return };
+    let tiles = || task.sequence[task.queries.clone()].iter().flat_map(|block| QueryTile::of(block, spec));
+    let seen = &task.sequence[task.keys.clone()];
     let Scratch { keys, values, queries: gathered, scores, output, rows } = scratch;
     let key_column = (spec.heads + kv_head) * head_dim;
-    let keys = pack(qkv, width, key_column, head_dim, &sequence[seen.clone()], keys);
+    let keys = pack(qkv, width, key_column, head_dim, seen, keys);
     let value_column = key_column + spec.kv_heads * head_dim;
-    let values = pack(qkv, width, value_column, head_dim, &sequence[seen.clone()], values);
+    let values = pack(qkv, width, value_column, head_dim, seen, values);
     for head in kv_head * spec.group()..(kv_head + 1) * spec.group() {
         for tile in tiles() {
             gathered.gather(&tile, qkv, width, head * head_dim, head_dim);
-            let sums = attend(&tile, &gathered.lanes, (keys, values), seen.start, spec, scores, output, rows);
+            let sums =
+                attend(&tile, &gathered.lanes, (keys, values), task.keys.start, spec, scores, output, rows, ahead);
             // SAFETY: heads of a group and rows of a block belong to one task.
             unsafe {
                 o.write(tile.token, tile.rows, head * head_dim, rows, padded(head_dim));
@@ -117,6 +126,7 @@ fn attend(
     scores: &mut [f32],
     output: &mut [f32],
     rows: &mut [f32],
+    ahead: &mut Ahead,
 ) -> Lanes {
     let (head_dim, stride) = (spec.head_dim, padded(spec.head_dim));
     let mut running = Running { maximum: [[f32::NEG_INFINITY; LANES]; VECTORS], sum: [[0.0; LANES]; VECTORS] };
@@ -127,11 +137,11 @@ fn attend(
         let block = (n - first) * BLOCK_KEYS * stride..(n - first + 1) * BLOCK_KEYS * stride;
         let k = Left { values: &keys[block.clone()], row: stride, step: 1 };
         let q = Right { values: q, stride: TILE_QUERIES };
-        multiply(k, whole, q, 0..head_dim, scores, TILE_QUERIES, TILE_QUERIES, false);
+        multiply(k, whole, q, 0..head_dim, scores, TILE_QUERIES, TILE_QUERIES, false, ahead);
         probabilities(scores, seen.clone(), n * BLOCK_KEYS, tile, spec.scale, &mut running, output);
         let v = Left { values: &values[block], row: 1, step: stride };
         let p = Right { values: scores, stride: TILE_QUERIES };
-        multiply(v, 0..stride, p, seen, output, TILE_QUERIES, TILE_QUERIES, true);
+        multiply(v, 0..stride, p, seen, output, TILE_QUERIES, TILE_QUERIES, true, ahead);
     }
     let sums = normalise(output, &running);
     transpose(output, TILE_QUERIES, stride, TILE_QUERIES, stride, rows);

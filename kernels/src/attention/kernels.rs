@@ -7,14 +7,15 @@ use super::blocks::Block;
 use super::decode::{Span, Step};
 use super::layout::Stored;
 use super::{AttentionSpec, decode, forward};
+use crate::gemm::Output;
 
 /// The kernels of an element type; see [`super::attention`], [`super::attention_backward`], [`super::decode_attention`].
 pub(super) trait Kernels: Stored {
-    fn forward(qkv: &[Self], blocks: &[Block], spec: &AttentionSpec, o: &mut [Self], lse: &mut [f32]) {
+    fn forward(qkv: &[Self], blocks: &[Block], spec: &AttentionSpec, o: Output<'_, Self>, lse: Output<'_, f32>) {
         forward::forward(qkv, blocks, spec, o, lse);
     }
 
-    fn backward(inputs: Inputs<Self>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [Self]) {
+    fn backward(inputs: Inputs<Self>, blocks: &[Block], spec: &AttentionSpec, dqkv: Output<'_, Self>) {
         backward::backward(inputs, blocks, spec, dqkv);
     }
 
@@ -30,7 +31,7 @@ impl Kernels for bf16 {}
 
 #[cfg(target_arch = "x86_64")]
 impl Kernels for bf16 {
-    fn forward(qkv: &[bf16], blocks: &[Block], spec: &AttentionSpec, o: &mut [bf16], lse: &mut [f32]) {
+    fn forward(qkv: &[bf16], blocks: &[Block], spec: &AttentionSpec, o: Output<'_, bf16>, lse: Output<'_, f32>) {
         if tiles() {
             super::amx::forward(qkv, blocks, spec, o, lse);
         } else {
@@ -38,7 +39,7 @@ impl Kernels for bf16 {
         }
     }
 
-    fn backward(inputs: Inputs<bf16>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [bf16]) {
+    fn backward(inputs: Inputs<bf16>, blocks: &[Block], spec: &AttentionSpec, dqkv: Output<'_, bf16>) {
         if tiles() {
             super::amx::backward(inputs, blocks, spec, dqkv);
         } else {

@@ -19,8 +19,9 @@
 use candle_core::Tensor;
 
 use self::kernels::Kernels;
-use crate::element::{Element, with_element};
+use crate::element::with_element;
 use crate::error::check_dims;
+use crate::gemm::filled;
 use crate::profile::{Class, time};
 use crate::view::{tensor, view, view_of};
 use crate::{Error, Result};
@@ -37,6 +38,7 @@ mod layout;
 mod multiply;
 mod queries;
 mod running;
+mod tasks;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod vector;
@@ -145,9 +147,13 @@ fn forward_of<E: Kernels>(
     blocks: &[blocks::Block],
     spec: &AttentionSpec,
 ) -> Result<(Tensor, AttentionSaved)> {
-    let mut o = vec![E::narrow(0.0); tokens * spec.output_width()];
-    let mut lse = vec![0.0; tokens * spec.heads];
-    E::forward(&view_of(op, qkv)?, blocks, spec, &mut o, &mut lse);
+    let (qkv, mut lse) = (view_of(op, qkv)?, Vec::new());
+    // SAFETY: every row of the batch is in one block, and the forward writes every head of every row of the blocks.
+    let o = unsafe {
+        filled(tokens * spec.output_width(), |o| {
+            lse = filled(tokens * spec.heads, |lse| E::forward(&qkv, blocks, spec, o, lse));
+        })
+    };
     let o = tensor(o, (tokens, spec.output_width()))?;
     Ok((o, AttentionSaved { lse: tensor(lse, (tokens, spec.heads))? }))
 }
@@ -176,10 +182,10 @@ pub fn attention_backward(
     check_dims(OP, "saved lse", &[tokens, spec.heads], saved.lse.dims())?;
     let lse = view(OP, &saved.lse)?;
     with_element!(OP, qkv.dtype(), E => {
-        let mut dqkv = vec![E::narrow(0.0); tokens * spec.qkv_width()];
         let (d_o, qkv, o) = (view_of::<E>(OP, d_o)?, view_of::<E>(OP, qkv)?, view_of::<E>(OP, o)?);
         let inputs = backward::Inputs { d_o: &d_o, qkv: &qkv, o: &o, lse: &lse };
-        E::backward(inputs, &blocks, spec, &mut dqkv);
+        // SAFETY: every row of the batch is in one block, and the backward writes every head of every row of the blocks.
+        let dqkv = unsafe { filled(tokens * spec.qkv_width(), |dqkv| E::backward(inputs, &blocks, spec, dqkv)) };
         tensor(dqkv, (tokens, spec.qkv_width()))
     })
 }

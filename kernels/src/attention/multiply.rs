@@ -3,6 +3,7 @@
 use std::array;
 use std::ops::Range;
 
+use super::tasks::Ahead;
 use super::tile::Right;
 use crate::math::LANES;
 use crate::simd::{fma, simd_fn};
@@ -22,7 +23,7 @@ pub(super) struct Left<'a> {
 /// order, and `n` below `columns`, a multiple of 16.
 ///
 /// Every element is one chain of fused multiply-adds over `t`, whatever the tiling. Row `r` of `C` starts at
-/// `r · c_stride`; without `accumulate`, C starts from zero.
+/// `r · c_stride`; without `accumulate`, C starts from zero. Every tile is a step of what is asked for ahead.
 pub(super) fn multiply(
     a: Left,
     rows: Range<usize>,
@@ -32,6 +33,7 @@ pub(super) fn multiply(
     c_stride: usize,
     columns: usize,
     accumulate: bool,
+    ahead: &mut Ahead,
 ) {
     assert!(rows.start.is_multiple_of(ROWS) && rows.end.is_multiple_of(ROWS) && columns.is_multiple_of(LANES));
     if rows.is_empty() || columns == 0 {
@@ -46,6 +48,7 @@ pub(super) fn multiply(
     if crate::Isa::active() >= crate::Isa::Avx512 {
         for column in (0..columns).step_by(2 * LANES) {
             for row in rows.clone().step_by(ROWS) {
+                ahead.step();
                 // SAFETY: AVX-512 is active, and the tile lies inside the three matrices.
                 unsafe {
                     let (a_values, b_values) = (a.values.as_ptr(), b.values.as_ptr().add(column));

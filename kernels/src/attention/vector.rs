@@ -34,15 +34,15 @@ fn masks(seeing: Range<usize>) -> [__mmask16; VECTORS] {
     [bits as u16, (bits >> LANES) as u16]
 }
 
-/// [`crate::math::exp`].
+/// [`crate::math::exp_small`]: [`crate::math::exp`] of what is not above 80, as the exponents of probabilities are.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 fn exp(x: __m512) -> __m512 {
     let set = |value: f32| _mm512_set1_ps(value);
-    let (lowest, highest, round) = (set(-85.950_25), set(88.722_83), set(12_582_912.0));
+    let (lowest, round) = (set(-85.950_25), set(12_582_912.0));
     let low = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, lowest);
-    let high = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, highest);
-    let y = _mm512_mask_blend_ps(high, _mm512_mask_blend_ps(low, x, lowest), highest);
+    // In this order the maximum of NaN is NaN.
+    let y = _mm512_max_ps(lowest, x);
     let rounded = _mm512_fmadd_ps(y, set(std::f32::consts::LOG2_E), round);
     let n = _mm512_sub_ps(rounded, round);
     let r = _mm512_fmadd_ps(n, set(-0.693_359_4), y);
@@ -52,9 +52,8 @@ fn exp(x: __m512) -> __m512 {
         p = _mm512_fmadd_ps(p, r, set(c));
     }
     let p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), set(1.0));
-    let scale = _mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_castps_si512(rounded), _mm512_set1_epi32(126)));
-    let e = _mm512_mul_ps(_mm512_mul_ps(p, _mm512_castsi512_ps(scale)), set(2.0));
-    _mm512_mask_blend_ps(high, _mm512_maskz_mov_ps(!low, e), set(f32::INFINITY))
+    let scale = _mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_castps_si512(rounded), _mm512_set1_epi32(127)));
+    _mm512_maskz_mul_ps(!low, p, _mm512_castsi512_ps(scale))
 }
 
 /// The larger scaled score so far of each query, `maximum` to begin with; scales the scores `[64, 32]` of the keys `seen`

@@ -6,19 +6,21 @@
 use std::arch::x86_64::*;
 use std::array;
 use std::f32::consts::LOG2_E;
+use std::mem::MaybeUninit;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::super::backward::Inputs;
 use super::super::blocks::Block;
 use super::super::layout::padded_pairs;
+use super::super::tasks::{self, Ahead, Task};
 use super::product::{COLUMNS, Left, Pairs, STEP, product};
-use super::scores::{Factors, Keys, Products, Queries};
-use super::vector::{dot, load, pack_pairs, pack_rows, pack_transposed, prefetch, range_mask, store_rounded};
+use super::scores::{Factors, Keys, Products, Queries, STEPS};
+use super::vector::{dot, load, pack_pairs, pack_rows, pack_transposed, range_mask, store_rounded};
 use super::vector::{transpose_f32, transpose_pairs};
-use super::{AttentionSpec, BLOCK_KEYS, Head, Room, Shared, block_len};
+use super::{AttentionSpec, BLOCK_KEYS, Head, Room, block_len, part};
 use crate::amx::Tiles;
+use crate::gemm::Output;
 use crate::math::LANES;
 
 /// Query blocks whose probabilities are kept at once.
@@ -96,15 +98,21 @@ impl Workspace {
 }
 
 /// Writes the gradient of `qkv` to `dqkv [T, (H + 2K) D]`.
-pub(in super::super) fn backward(inputs: Inputs<bf16>, blocks: &[Block], spec: &AttentionSpec, dqkv: &mut [bf16]) {
-    let dqkv = Shared::new(dqkv);
-    let sequences: Vec<&[Block]> = blocks.chunk_by(|a, b| a.first == b.first).collect();
-    let longest = sequences.iter().map(|sequence| sequence.len()).max().unwrap_or(0);
-    (0..sequences.len() * spec.kv_heads).into_par_iter().for_each_init(
+pub(in super::super) fn backward(inputs: Inputs<bf16>, blocks: &[Block], spec: &AttentionSpec, dqkv: Output<'_, bf16>) {
+    let tasks = tasks::cut(blocks, spec, inputs.row_bytes(spec), false);
+    let longest = tasks.iter().map(|task| task.sequence.len()).max().unwrap_or(0);
+    let lines = |task: &Task| inputs.lines(task, dqkv.start(), spec);
+    let steps = |task: &Task| task.pairs(spec) * STEPS;
+    tasks::run(
+        &tasks,
         || Workspace::new(longest, spec),
-        |workspace, n| {
-            // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
-            unsafe { head_gradients(sequences[n / spec.kv_heads], n % spec.kv_heads, inputs, spec, workspace, dqkv) };
+        lines,
+        steps,
+        |task, workspace, ahead| {
+            for kv_head in task.kv_heads.clone() {
+                // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
+                unsafe { head_gradients(task.sequence, kv_head, inputs, spec, workspace, &dqkv, ahead) };
+            }
         },
     );
 }
@@ -117,10 +125,11 @@ fn head_gradients(
     inputs: Inputs<bf16>,
     spec: &AttentionSpec,
     workspace: &mut Workspace,
-    dqkv: Shared<bf16>,
+    dqkv: &Output<'_, bf16>,
+    ahead: &mut Ahead,
 ) {
     let Some(tiles) = Tiles::new() else { unreachable!("the path of tiles without tiles") };
-    let len = block_len(spec);
+    let (len, chunk) = (block_len(spec), CHUNK);
     let Workspace { packed, sums, products, pairs, p, ds, ds_pairs } = workspace;
     sums.dk[..sequence.len() * len].fill(0.0);
     sums.dv[..sequence.len() * len].fill(0.0);
@@ -130,17 +139,18 @@ fn head_gradients(
         sums.dq[..sequence.len() * len].fill(0.0);
         for (n, key_block) in sequence.iter().enumerate() {
             let seeing = seeing_blocks(n, key_block, spec);
-            for first in seeing.clone().step_by(CHUNK) {
-                let last = seeing.end.min(first + CHUNK);
+            for first in seeing.clone().step_by(chunk) {
+                let last = seeing.end.min(first + chunk);
                 for m in first..last {
                     let at = (m - first) * BLOCK_KEYS;
                     let (p, ds) = (&mut p[at..], &mut ds[at..]);
-                    let mut factors = Factors { p, ds, stride: CHUNK_ROWS, ds_pairs };
+                    let mut factors = Factors { p, ds, stride: chunk * BLOCK_KEYS, ds_pairs };
                     let visible = array::from_fn(|key| seeing_rows(key_block.position + key, &sequence[m], spec));
-                    products.factors(&tiles, packed.key(n, len), packed.query(m, len), &visible, spec, &mut factors);
+                    let (keys, queries) = (packed.key(n, len), packed.query(m, len));
+                    products.factors(&tiles, keys, queries, &visible, spec, &mut factors, ahead);
                     sums.add_queries(&tiles, m, packed.key(n, len).k_transposed, ds_pairs, len);
                 }
-                sums.add_keys(&tiles, n, (first, last), p, ds, packed, len);
+                sums.add_keys(&tiles, n, (first, last), (p, ds, chunk * BLOCK_KEYS), packed, len);
             }
         }
         for (m, block) in sequence.iter().enumerate() {
@@ -189,17 +199,13 @@ impl Packed {
         pairs: &mut [bf16],
     ) {
         let len = block_len(spec);
-        for block in sequence {
-            prefetch(head(inputs.qkv, spec.qkv_width(), block, spec.heads + kv_head, spec));
-            prefetch(head(inputs.qkv, spec.qkv_width(), block, spec.heads + spec.kv_heads + kv_head, spec));
-        }
         for (n, block) in sequence.iter().enumerate() {
             let at = n * len..(n + 1) * len;
-            let key = head(inputs.qkv, spec.qkv_width(), block, spec.heads + kv_head, spec);
+            let key = Head::of(inputs.qkv, spec.qkv_width(), block, spec.heads + kv_head, spec);
             pack_rows(key, &mut self.k[at.clone()]);
             pack_pairs(key, pairs);
             transpose_pairs(pairs, &mut self.k_transposed[at.clone()]);
-            let value = head(inputs.qkv, spec.qkv_width(), block, spec.heads + spec.kv_heads + kv_head, spec);
+            let value = Head::of(inputs.qkv, spec.qkv_width(), block, spec.heads + spec.kv_heads + kv_head, spec);
             pack_rows(value, &mut self.v[at]);
         }
     }
@@ -208,16 +214,11 @@ impl Packed {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     fn queries(&mut self, sequence: &[Block], number: usize, inputs: Inputs<bf16>, spec: &AttentionSpec) {
         let len = block_len(spec);
-        for block in sequence {
-            prefetch(head(inputs.qkv, spec.qkv_width(), block, number, spec));
-            prefetch(head(inputs.d_o, spec.output_width(), block, number, spec));
-            prefetch(head(inputs.o, spec.output_width(), block, number, spec));
-        }
         for (m, block) in sequence.iter().enumerate() {
             let at = m * len..(m + 1) * len;
-            let q = head(inputs.qkv, spec.qkv_width(), block, number, spec);
-            let d_o = head(inputs.d_o, spec.output_width(), block, number, spec);
-            let o = head(inputs.o, spec.output_width(), block, number, spec);
+            let q = Head::of(inputs.qkv, spec.qkv_width(), block, number, spec);
+            let d_o = Head::of(inputs.d_o, spec.output_width(), block, number, spec);
+            let o = Head::of(inputs.o, spec.output_width(), block, number, spec);
             pack_transposed(q, &mut self.q_transposed[at.clone()]);
             pack_transposed(d_o, &mut self.d_o_transposed[at.clone()]);
             pack_pairs(q, &mut self.q_pairs[at.clone()]);
@@ -246,12 +247,6 @@ impl Packed {
     }
 }
 
-/// Head `number` of the rows of `block` in `source [T, width]`.
-fn head<'a>(source: &'a [bf16], width: usize, block: &Block, number: usize, spec: &AttentionSpec) -> Head<'a> {
-    let source = &source[block.start() * width..][..block.rows * width];
-    Head { source, width, column: number * spec.head_dim, head_dim: spec.head_dim }
-}
-
 impl Sums {
     /// `dQᵀ += Kᵀ dSᵀ` of query block `m` and one key block.
     fn add_queries(&mut self, tiles: &Tiles, m: usize, k_transposed: &[bf16], ds_pairs: &[bf16], len: usize) {
@@ -272,8 +267,7 @@ impl Sums {
         tiles: &Tiles,
         n: usize,
         (first, last): (usize, usize),
-        p: &[bf16],
-        ds: &[bf16],
+        (p, ds, pitch): (&[bf16], &[bf16], usize),
         packed: &Packed,
         len: usize,
     ) {
@@ -282,7 +276,7 @@ impl Sums {
         for (left, right, sums) in products {
             let (right, sums) = (&right[first * len..last * len], &mut sums[n * len..][..len]);
             for key in (0..BLOCK_KEYS).step_by(32) {
-                let left = Left { values: &left[key * CHUNK_ROWS..], stride: CHUNK_ROWS };
+                let left = Left { values: &left[key * pitch..], stride: pitch };
                 for d in (0..stride).step_by(COLUMNS) {
                     let right = Pairs { values: &right[d * 2..], stride };
                     product::<32>(tiles, left, right, steps, &mut sums[key * stride + d..], stride, true);
@@ -294,31 +288,33 @@ impl Sums {
 
 /// A head of a block's rows in the result.
 struct Target<'a> {
-    dqkv: Shared<'a, bf16>,
+    dqkv: &'a Output<'a, bf16>,
     block: &'a Block,
     column: usize,
     spec: &'a AttentionSpec,
 }
 
 impl<'a> Target<'a> {
-    /// Columns of `row` from `d` on, at most 16.
+    /// The head's columns of `row`.
     ///
     /// # Safety
     /// The task must own the head of this sequence.
-    unsafe fn part(&self, row: usize, d: usize) -> &'a mut [bf16] {
-        let start = (self.block.start() + row) * self.spec.qkv_width() + self.column + d;
+    #[inline(always)]
+    unsafe fn row(&self, row: usize) -> &'a mut [MaybeUninit<bf16>] {
+        let start = (self.block.start() + row) * self.spec.qkv_width() + self.column;
         // SAFETY: by contract.
-        unsafe { self.dqkv.part(start, LANES.min(self.spec.head_dim - d)) }
+        unsafe { part(self.dqkv, start, self.spec.head_dim) }
     }
 
     /// Writes `factor` times sums `[64, D padded]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     fn rows(&self, sums: &[f32], factor: f32) {
+        let factor = _mm512_set1_ps(factor);
         for (row, sums) in sums.chunks_exact(padded_pairs(self.spec.head_dim)).enumerate().take(self.block.rows) {
-            for d in (0..self.spec.head_dim).step_by(LANES) {
-                // SAFETY: a head of a sequence belongs to one task.
-                let out = unsafe { self.part(row, d) };
-                store_rounded(out, _mm512_mul_ps(load(&sums[d..]), _mm512_set1_ps(factor)));
+            // SAFETY: a head of a sequence belongs to one task.
+            let out = unsafe { self.row(row) };
+            for (out, sums) in out.chunks_mut(2 * LANES).zip(sums.chunks_exact(2 * LANES)) {
+                store_rounded(out, [load(sums), load(&sums[LANES..])].map(|sums| _mm512_mul_ps(sums, factor)));
             }
         }
     }
@@ -326,13 +322,15 @@ impl<'a> Target<'a> {
     /// Writes the scale of the scores times sums `[D padded, 64]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     fn transposed(&self, sums: &[f32]) {
+        let scale = _mm512_set1_ps(self.spec.scale);
         for first in (0..self.block.rows).step_by(LANES) {
-            for d in (0..self.spec.head_dim).step_by(LANES) {
-                let rows = transpose_f32(&sums[d * BLOCK_KEYS + first..], BLOCK_KEYS);
-                for (row, values) in rows.into_iter().enumerate().take(self.block.rows - first) {
+            for d in (0..self.spec.head_dim).step_by(2 * LANES) {
+                let rows = [d, d + LANES].map(|d| transpose_f32(&sums[d * BLOCK_KEYS + first..], BLOCK_KEYS));
+                for row in 0..LANES.min(self.block.rows - first) {
                     // SAFETY: a head of a sequence belongs to one task.
-                    let out = unsafe { self.part(first + row, d) };
-                    store_rounded(out, _mm512_mul_ps(values, _mm512_set1_ps(self.spec.scale)));
+                    let out = unsafe { self.row(first + row) };
+                    let end = out.len().min(d + 2 * LANES);
+                    store_rounded(&mut out[d..end], rows.map(|rows| _mm512_mul_ps(rows[row], scale)));
                 }
             }
         }

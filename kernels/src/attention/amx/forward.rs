@@ -3,19 +3,21 @@
 use std::arch::x86_64::*;
 use std::array;
 use std::f32::consts::{LN_2, LOG2_E};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::super::blocks::Block;
 use super::super::forward::block_range;
 use super::super::layout::padded_pairs;
+use super::super::tasks::{self, Ahead, Task, key_blocks};
 use super::product::{COLUMNS, Left, Pairs, STEP, product};
-use super::vector::{exp2, load, maxima, pack_pairs, pack_rows, pack_transposed, prefetch};
+use super::vector::{exp2, load, maxima, pack_pairs, pack_rows, pack_transposed};
 use super::vector::{range_mask, round_two, store_512, store_rounded};
-use super::{AttentionSpec, BLOCK_KEYS, Head, Room, Shared, block_len};
+use super::{AttentionSpec, BLOCK_KEYS, Head, Room, block_len, part};
 use crate::amx::Tiles;
+use crate::gemm::Output;
 use crate::math::{LANES, ln};
 
 /// Running softmax of `ROWS` (16 or 32) query rows; exponentials are powers of two.
@@ -64,9 +66,15 @@ impl<const ROWS: usize> Running<ROWS> {
     /// maxima, sums and the scale of the output.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn softmax_all(&mut self, visible: &[u64; ROWS], halves: Range<usize>, scale: f32) {
+    fn softmax_all(&mut self, visible: &[u64; ROWS], halves: Range<usize>, scale: f32, ahead: &mut Ahead) {
+        let (from, scale) = (halves.start * 2, scale * LOG2_E);
         for first in (0..ROWS).step_by(LANES) {
-            self.softmax_rows(first, visible, halves.start * 2..halves.end * 2, scale * LOG2_E);
+            let all = visible[first..first + LANES].iter().fold(u64::MAX, |all, row| all & row) == u64::MAX;
+            match (halves.len(), all) {
+                (1, _) => self.softmax_rows::<2, false>(first, visible, from, scale, ahead),
+                (_, false) => self.softmax_rows::<4, false>(first, visible, from, scale, ahead),
+                (_, true) => self.softmax_rows::<4, true>(first, visible, from, scale, ahead),
+            }
         }
     }
 
@@ -128,19 +136,27 @@ impl<const ROWS: usize> Running<ROWS> {
 
     /// Turns scores of 16 rows into `2^(scale · score - maximum)`, hidden keys into 0, rounded; updates maxima and sums.
     ///
-    /// Only the `vectors` of 16 keys are seen by any row, and only they are written. What is done to a row does not
-    /// depend on the others.
+    /// Only the `VECTORS` of 16 keys from vector `from` on are seen by any row, `ALL` of them if so, and only they are
+    /// written. What is done to a row does not depend on the others.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn softmax_rows(&mut self, first: usize, visible: &[u64; ROWS], vectors: Range<usize>, scale: f32) {
-        let all = visible[first..first + LANES].iter().fold(u64::MAX, |all, row| all & row) == u64::MAX;
-        let scores = |row: usize, n: usize| load(&self.scores[(first + row) * BLOCK_KEYS + n * LANES..]);
-        let seen = |row: usize, n: usize| (visible[first + row] >> (n * LANES)) as __mmask16;
+    fn softmax_rows<const VECTORS: usize, const ALL: bool>(
+        &mut self,
+        first: usize,
+        visible: &[u64; ROWS],
+        from: usize,
+        scale: f32,
+        ahead: &mut Ahead,
+    ) {
+        let (at, len) = (first * BLOCK_KEYS + from * LANES, (LANES - 1) * BLOCK_KEYS + VECTORS * LANES);
+        let (scores, probabilities) = (&self.scores[at..][..len], &mut self.probabilities[at..][..len]);
+        let scores = |row: usize, n: usize| load(&scores[row * BLOCK_KEYS + n * LANES..]);
+        let seen = |row: usize, n: usize| (visible[first + row] >> ((from + n) * LANES)) as __mmask16;
         let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
         let mut largest = [hidden; LANES];
         for (row, largest) in largest.iter_mut().enumerate() {
-            for n in vectors.clone() {
-                let score = if all { scores(row, n) } else { _mm512_mask_mov_ps(hidden, seen(row, n), scores(row, n)) };
+            for n in 0..VECTORS {
+                let score = if ALL { scores(row, n) } else { _mm512_mask_mov_ps(hidden, seen(row, n), scores(row, n)) };
                 *largest = _mm512_max_ps(*largest, score);
             }
         }
@@ -162,22 +178,18 @@ impl<const ROWS: usize> Running<ROWS> {
         for row in 0..LANES {
             let (minus_base, rescale) = (_mm512_set1_ps(rows[0][row]), _mm512_set1_ps(rows[1][row]));
             let mut sum = _mm512_setzero_ps();
-            for n in vectors.clone().step_by(2) {
-                let mut p = [_mm512_setzero_ps(); 2];
-                for (n, p) in (n..).zip(&mut p) {
-                    *p = exp2(_mm512_fmadd_ps(
-                        load(&self.scores[(first + row) * BLOCK_KEYS + n * LANES..]),
-                        scale,
-                        minus_base,
-                    ));
-                    if !all {
-                        *p = _mm512_maskz_mov_ps((visible[first + row] >> (n * LANES)) as __mmask16, *p);
-                    }
-                    sum = _mm512_add_ps(sum, *p);
+            let mut p = [_mm512_setzero_ps(); VECTORS];
+            for n in 0..VECTORS {
+                p[n] = exp2(_mm512_fmadd_ps(scores(row, n), scale, minus_base));
+                if !ALL {
+                    p[n] = _mm512_maskz_mov_ps(seen(row, n), p[n]);
                 }
-                let at = (first + row) * BLOCK_KEYS + n * LANES;
-                store_512(&mut self.probabilities[at..], round_two(p[0], p[1]));
+                sum = _mm512_add_ps(sum, p[n]);
             }
+            for n in (0..VECTORS).step_by(2) {
+                store_512(&mut probabilities[row * BLOCK_KEYS + n * LANES..], round_two(p[n], p[n + 1]));
+            }
+            ahead.step();
             let sums = &mut self.sums[(first + row) * LANES..][..LANES];
             let total = _mm512_fmadd_ps(load(sums), rescale, sum);
             store_512(sums, _mm512_castps_si512(total));
@@ -199,13 +211,24 @@ impl<const ROWS: usize> Running<ROWS> {
     /// Writes the output `[D]` of `row`; returns its sum of exponentials.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub(super) fn finish(&self, row: usize, o: &mut [bf16]) -> f32 {
+        // SAFETY: what is initialised stays so.
+        self.finish_to(row, unsafe { &mut *(std::ptr::from_mut(o) as *mut [MaybeUninit<bf16>]) })
+    }
+
+    /// [`Running::finish`] of an output that need not be initialised.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn finish_to(&self, row: usize, o: &mut [MaybeUninit<bf16>]) -> f32 {
         let sum = _mm512_reduce_add_ps(load(&self.sums[row * LANES..]));
         let stride = self.output.len() / ROWS;
-        let output = self.output[row * stride..].chunks_exact(LANES);
-        for (o, output) in o.chunks_mut(LANES).zip(output) {
-            // Plus zero: how many zeros were added to a zero, and with them its sign, depends on the other rows.
-            let value = _mm512_add_ps(_mm512_div_ps(load(output), _mm512_set1_ps(sum)), _mm512_setzero_ps());
-            store_rounded(o, value);
+        let output = self.output[row * stride..].chunks_exact(2 * LANES);
+        for (o, output) in o.chunks_mut(2 * LANES).zip(output) {
+            let mut values = [_mm512_setzero_ps(); 2];
+            for (value, output) in values.iter_mut().zip(output.chunks_exact(LANES)) {
+                // Plus zero: how many zeros were added to a zero, and with them its sign, depends on the other rows.
+                *value = _mm512_add_ps(_mm512_div_ps(load(output), _mm512_set1_ps(sum)), _mm512_setzero_ps());
+            }
+            store_rounded(o, values);
         }
         sum
     }
@@ -217,71 +240,117 @@ fn halves(visible: &[u64]) -> Range<usize> {
     if seen == 0 { 0..0 } else { usize::from(seen as u32 == 0)..1 + usize::from(seen >> 32 != 0) }
 }
 
+/// What a task works in.
+struct Scratch {
+    /// Keys and values of one head, `[blocks, 64 · D padded]`.
+    keys: Room<bf16>,
+    values: Room<bf16>,
+    /// Queries of a block.
+    q: Room<bf16>,
+    running: [Running<32>; BLOCK_KEYS / 32],
+}
+
 /// Attention of all blocks; writes `o [T, H D]` and `lse [T, H]`.
-pub(in super::super) fn forward(qkv: &[bf16], blocks: &[Block], spec: &AttentionSpec, o: &mut [bf16], lse: &mut [f32]) {
-    let (heads, kv_heads, head_dim, len) = (spec.heads, spec.kv_heads, spec.head_dim, block_len(spec));
-    let head = |block: &Block, number: usize| {
-        let source = &qkv[block.start() * spec.qkv_width()..][..block.rows * spec.qkv_width()];
-        Head { source, width: spec.qkv_width(), column: number * head_dim, head_dim }
+pub(in super::super) fn forward(
+    qkv: &[bf16],
+    blocks: &[Block],
+    spec: &AttentionSpec,
+    o: Output<'_, bf16>,
+    lse: Output<'_, f32>,
+) {
+    let len = block_len(spec);
+    let row_bytes = 2 * (spec.group() + 1) * spec.head_dim * size_of::<bf16>();
+    let tasks = tasks::cut(blocks, spec, row_bytes, true);
+    let longest = tasks.iter().map(|task| task.keys.len()).max().unwrap_or(0);
+    let scratch = || Scratch {
+        keys: Room::new(longest * len),
+        values: Room::new(longest * len),
+        q: Room::new(len),
+        running: [(); BLOCK_KEYS / 32].map(|()| Running::new(spec)),
     };
-    let (mut keys, mut values) = (Room::new(blocks.len() * kv_heads * len), Room::new(blocks.len() * kv_heads * len));
-    keys.par_chunks_mut(len).zip(values.par_chunks_mut(len)).enumerate().for_each(|(n, (keys, values))| {
-        let (block, kv_head) = (&blocks[n / kv_heads], n % kv_heads);
-        if let Some(next) = blocks.get((n + 1) / kv_heads) {
-            prefetch(head(next, heads + (n + 1) % kv_heads));
-            prefetch(head(next, heads + kv_heads + (n + 1) % kv_heads));
-        }
+    let lines = |task: &Task| {
+        let mut lines = vec![task.query_lines(qkv.as_ptr(), spec.qkv_width(), spec.head_dim, spec)];
+        lines.extend(task.key_lines(qkv.as_ptr(), spec));
+        lines.push(task.query_lines(o.start(), spec.output_width(), spec.head_dim, spec).writing());
+        lines.push(task.query_lines(lse.start(), spec.heads, 1, spec).writing());
+        lines
+    };
+    let steps = |task: &Task| task.pairs(spec) * BLOCK_KEYS;
+    tasks::run(&tasks, scratch, lines, steps, |task, scratch, ahead| {
         // SAFETY: this path is taken only where the processor has tiles and their AVX-512.
-        unsafe {
+        unsafe { attend_heads(task, qkv, spec, scratch, &o, &lse, ahead) };
+    });
+}
+
+/// Attention of a task's heads.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn attend_heads(
+    task: &Task,
+    qkv: &[bf16],
+    spec: &AttentionSpec,
+    scratch: &mut Scratch,
+    o: &Output<'_, bf16>,
+    lse: &Output<'_, f32>,
+    ahead: &mut Ahead,
+) {
+    let Some(tiles) = Tiles::new() else { unreachable!("the path of tiles without tiles") };
+    let (heads, kv_heads, len) = (spec.heads, spec.kv_heads, block_len(spec));
+    let head = |block: &Block, number: usize| Head::of(qkv, spec.qkv_width(), block, number, spec);
+    let Scratch { keys, values, q, running } = scratch;
+    for kv_head in task.kv_heads.clone() {
+        let packed = keys.chunks_exact_mut(len).zip(values.chunks_exact_mut(len));
+        for (block, (keys, values)) in task.sequence[task.keys.clone()].iter().zip(packed) {
             pack_transposed(head(block, heads + kv_head), keys);
             pack_pairs(head(block, heads + kv_heads + kv_head), values);
         }
-    });
-    let (o, lse) = (Shared::new(o), Shared::new(lse));
-    (0..blocks.len() * heads).into_par_iter().for_each_init(
-        || (Room::new(len), [(); BLOCK_KEYS / 32].map(|()| Running::<32>::new(spec))),
-        |(q, running), n| {
-            let (block, number) = (&blocks[n / heads], n % heads);
-            let packed = |n: usize| {
-                let start = ((block.first + n) * kv_heads + number / spec.group()) * len;
-                (&keys[start..start + len], &values[start..start + len])
-            };
-            let source = head(block, number);
-            if let Some(next) = blocks.get((n + 1) / heads) {
-                prefetch(head(next, (n + 1) % heads));
-            }
-            let width = spec.output_width();
-            o.prefetch(block.start() * width + number * head_dim, (block.rows, head_dim), width);
-            let q = if source.lies_in_tiles() {
-                Left { values: &source.source[source.column..], stride: source.width }
-            } else {
-                // SAFETY: as above.
-                unsafe { pack_rows(source, q) };
-                Left { values: q, stride: len / BLOCK_KEYS }
-            };
-            let running = &mut running[..block.rows.div_ceil(32)];
-            // SAFETY: as above.
-            unsafe { attend_rows(q, block, packed, spec, running) };
-            for (part, running) in running.iter().enumerate() {
-                let token = |row: usize| block.start() + 32 * part + row;
-                let rows = (block.rows - 32 * part).min(32);
-                let mut sums = [1.0; 32];
-                for (row, sum) in sums.iter_mut().enumerate().take(rows) {
-                    // SAFETY: no other task has this token and head; the path as above.
-                    unsafe {
-                        let o = o.part(token(row) * width + number * head_dim, head_dim);
-                        *sum = running.finish(row, o);
-                    }
-                }
-                // SAFETY: as above.
-                let logarithms = unsafe { running.logarithms(sums) };
-                for (row, value) in logarithms.into_iter().enumerate().take(rows) {
-                    // SAFETY: as above.
-                    unsafe { lse.part(token(row) * heads + number, 1)[0] = value };
+        let (keys, values) = (&**keys, &**values);
+        let packed = |n: usize| {
+            let at = (n - task.keys.start) * len..(n - task.keys.start + 1) * len;
+            (&keys[at.clone()], &values[at])
+        };
+        for number in kv_head * spec.group()..(kv_head + 1) * spec.group() {
+            for block in &task.sequence[task.queries.clone()] {
+                let source = head(block, number);
+                let q = if source.lies_in_tiles() {
+                    Left { values: &source.source[source.column..], stride: source.width }
+                } else {
+                    pack_rows(source, q);
+                    Left { values: q, stride: len / BLOCK_KEYS }
+                };
+                let running = &mut running[..block.rows.div_ceil(32)];
+                attend_rows(&tiles, q, block, packed, spec, running, ahead);
+                for (part, running) in running.iter().enumerate() {
+                    let rows = (block.rows - 32 * part).min(32);
+                    write(running, block.start() + 32 * part, rows, number, spec, o, lse);
                 }
             }
-        },
-    );
+        }
+    }
+}
+
+/// Writes the output of head `number` of the `rows` rows from `token` on, and the logarithms of their sums.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn write(
+    running: &Running<32>,
+    token: usize,
+    rows: usize,
+    number: usize,
+    spec: &AttentionSpec,
+    o: &Output<'_, bf16>,
+    lse: &Output<'_, f32>,
+) {
+    let mut sums = [1.0; 32];
+    for (row, sum) in sums.iter_mut().enumerate().take(rows) {
+        let start = (token + row) * spec.output_width() + number * spec.head_dim;
+        // SAFETY: no other task has this token and head.
+        *sum = running.finish_to(row, unsafe { part(o, start, spec.head_dim) });
+    }
+    for (row, value) in running.logarithms(sums).into_iter().enumerate().take(rows) {
+        // SAFETY: as above.
+        let lse = unsafe { part(lse, (token + row) * spec.heads + number, 1) };
+        lse[0].write(value);
+    }
 }
 
 /// Attends the rows of a block, 32 in each of `running`, to all keys that they see.
@@ -289,18 +358,18 @@ pub(in super::super) fn forward(qkv: &[bf16], blocks: &[Block], spec: &Attention
 /// Both halves take each stage one after the other: tiles cannot load what has just been stored without waiting for it.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn attend_rows<'a>(
+    tiles: &Tiles,
     q: Left,
     block: &Block,
     packed: impl Fn(usize) -> (&'a [bf16], &'a [bf16]),
     spec: &AttentionSpec,
     running: &mut [Running<32>],
+    ahead: &mut Ahead,
 ) {
-    let Some(tiles) = Tiles::new() else { unreachable!("the path of tiles without tiles") };
     let visible = |row: usize| spec.visible(block.position + row, block.len);
-    let (from, to) = (visible(0).0, visible(block.rows - 1).1);
     running.iter_mut().for_each(Running::start);
     let mut masks = [[0; 32]; BLOCK_KEYS / 32];
-    for n in from / BLOCK_KEYS..to.div_ceil(BLOCK_KEYS) {
+    for n in key_blocks(block, spec) {
         let sees_all = visible(block.rows - 1).0 <= n * BLOCK_KEYS && visible(0).1 >= (n + 1) * BLOCK_KEYS;
         for (row, mask) in masks.as_flattened_mut().iter_mut().enumerate() {
             *mask = if row >= block.rows {
@@ -316,13 +385,13 @@ fn attend_rows<'a>(
         let (keys, values) = packed(n);
         for (part, (running, masks)) in running.iter_mut().zip(&masks).enumerate() {
             let q = Left { values: &q.values[32 * part * q.stride..], stride: q.stride };
-            running.score(&tiles, q, keys, halves(masks));
+            running.score(tiles, q, keys, halves(masks));
         }
         for (running, masks) in running.iter_mut().zip(&masks).filter(|(_, masks)| !halves(*masks).is_empty()) {
-            running.softmax_all(masks, halves(masks), spec.scale);
+            running.softmax_all(masks, halves(masks), spec.scale, ahead);
         }
         for (running, masks) in running.iter_mut().zip(&masks).filter(|(_, masks)| !halves(*masks).is_empty()) {
-            running.add_values(&tiles, values, halves(masks));
+            running.add_values(tiles, values, halves(masks));
         }
     }
 }

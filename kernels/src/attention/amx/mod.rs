@@ -18,11 +18,14 @@ pub(super) use backward::backward;
 pub(super) use decode::decode;
 pub(super) use forward::forward;
 
+use std::mem::MaybeUninit;
+
 use half::bf16;
 
+use super::blocks::Block;
 use super::layout::padded_pairs;
 use super::{AttentionSpec, BLOCK_KEYS};
-use crate::amx::prefetch_for_writing;
+use crate::gemm::Output;
 
 /// Elements of one head's block in any of its layouts.
 fn block_len(spec: &AttentionSpec) -> usize {
@@ -42,6 +45,12 @@ struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
+    /// Head `number` of the rows of `block` in `source [T, width]`.
+    fn of(source: &'a [bf16], width: usize, block: &Block, number: usize, spec: &AttentionSpec) -> Self {
+        let source = &source[block.start() * width..][..block.rows * width];
+        Self { source, width, column: number * spec.head_dim, head_dim: spec.head_dim }
+    }
+
     fn rows(&self) -> usize {
         self.source.len() / self.width
     }
@@ -96,38 +105,13 @@ impl<T: Number> std::ops::DerefMut for Room<T> {
     }
 }
 
-/// A slice of which tasks write disjoint parts.
-#[derive(Clone, Copy)]
-struct Shared<'a, T> {
-    start: *mut T,
-    len: usize,
-    slice: std::marker::PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: parts are handed out by an unsafe function that requires them to be disjoint.
-unsafe impl<T: Send> Send for Shared<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
-
-impl<'a, T> Shared<'a, T> {
-    fn new(slice: &'a mut [T]) -> Self {
-        Self { start: slice.as_mut_ptr(), len: slice.len(), slice: std::marker::PhantomData }
-    }
-
-    /// Asks for the `columns` elements from `from` on and those of the rows below, `stride` apart, in order to write them.
-    fn prefetch(&self, from: usize, (rows, columns): (usize, usize), stride: usize) {
-        let (start, size) = (self.start.wrapping_add(from), size_of::<T>());
-        // SAFETY: only processors with tiles come here.
-        unsafe { prefetch_for_writing(start, rows, columns * size, stride * size) };
-    }
-
-    /// The `len` elements from `from` on.
-    ///
-    /// # Safety
-    /// No other part that overlaps may be alive.
-    unsafe fn part(&self, from: usize, len: usize) -> &'a mut [T] {
-        assert!(from + len <= self.len, "part {from} + {len} of {}", self.len);
-        // SAFETY: in bounds, and exclusive by contract.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
-    }
+/// The `len` elements from `from` on of a result of which tasks write disjoint parts; they need not be initialised.
+///
+/// # Safety
+/// No other part that overlaps may be alive.
+#[inline(always)]
+unsafe fn part<'a, T: Copy>(output: &'a Output<'_, T>, from: usize, len: usize) -> &'a mut [MaybeUninit<T>] {
+    assert!(from + len <= output.len(), "part {from} + {len} of {}", output.len());
+    // SAFETY: in bounds, and exclusive by contract.
+    unsafe { std::slice::from_raw_parts_mut(output.start().add(from).cast(), len) }
 }

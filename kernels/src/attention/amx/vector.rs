@@ -1,6 +1,7 @@
 //! What AVX-512 does between the products: layouts, exponentials and roundings.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use half::bf16;
 
@@ -47,15 +48,6 @@ pub(super) fn store_512<T: super::Number>(out: &mut [T], value: __m512i) {
     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), value) };
 }
 
-/// Stores half a vector at the start of `out`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) fn store_256<T: super::Number>(out: &mut [T], value: __m256i) {
-    assert!(size_of_val(out) >= 32);
-    // SAFETY: 32 bytes are there.
-    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), value) };
-}
-
 /// Loads sixteen f32.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
@@ -65,19 +57,13 @@ pub(super) fn load(values: &[f32]) -> __m512 {
     unsafe { _mm512_loadu_ps(values.as_ptr()) }
 }
 
-/// Stores the first numbers of a vector, rounded to bf16, to `out` (at most 16).
+/// Stores the first numbers of two vectors, rounded to bf16, to `out` (at most 32).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) fn store_rounded(out: &mut [bf16], value: __m512) {
-    let rounded: __m256i = to_bits(_mm512_cvtneps_pbh(value));
+pub(super) fn store_rounded(out: &mut [MaybeUninit<bf16>], [first, second]: [__m512; 2]) {
+    let mask = if out.len() >= 32 { u32::MAX } else { (1 << out.len()) - 1 };
     // SAFETY: masked lanes are not written.
-    unsafe { _mm256_mask_storeu_epi16(out.as_mut_ptr().cast(), lanes(out.len()), rounded) };
-}
-
-#[inline]
-fn to_bits(value: __m256bh) -> __m256i {
-    // SAFETY: both are 32 bytes of plain data.
-    unsafe { std::mem::transmute::<__m256bh, __m256i>(value) }
+    unsafe { _mm512_mask_storeu_epi16(out.as_mut_ptr().cast(), mask, round_two(first, second)) };
 }
 
 /// Rounds two vectors to bf16: `first` to the low half, `second` to the high half.
@@ -242,13 +228,18 @@ pub(super) fn exp2(x: __m512) -> __m512 {
     _mm512_scalef_ps(y, n)
 }
 
-/// Asks for a head's rows: one after the other, each would wait for memory.
+/// `2^x`, relative error below 4e-6, which a rounding to bf16 does not show; at least 2^-125. NaN stays NaN.
+///
+/// The polynomial has the least largest relative error of those of its degree that are 1 at 0.
 #[inline]
-pub(super) fn prefetch(head: Head) {
-    for row in 0..head.rows() {
-        for line in head.row(row).chunks(32) {
-            // SAFETY: a hint that reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-        }
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) fn exp2_short(x: __m512) -> __m512 {
+    let x = _mm512_max_ps(_mm512_set1_ps(-125.0), x);
+    let n = _mm512_roundscale_ps::<0x08>(x);
+    let r = _mm512_sub_ps(x, n);
+    let mut y = _mm512_set1_ps(9.582_856e-3);
+    for c in [5.590_643_7e-2, 2.402_409_9e-1, 6.931_241_8e-1, 1.0] {
+        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
     }
+    _mm512_scalef_ps(y, n)
 }
