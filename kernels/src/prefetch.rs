@@ -18,14 +18,6 @@ pub(crate) fn prefetch_line<T>(at: *const T) {
     let _ = at;
 }
 
-/// Asks for the line at `at` to be written, which need not be memory of ours.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(crate) fn prefetch_to_write<T>(at: *const T) {
-    // SAFETY: a hint that reads nothing, and does nothing on processors without it.
-    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly)) };
-}
-
 /// Asks for all of `values`.
 #[inline(always)]
 pub(crate) fn prefetch<T>(values: &[T]) {
@@ -37,13 +29,10 @@ pub(crate) fn prefetch<T>(values: &[T]) {
 
 /// Asks for the line at `at` in order to write it: a store to a line that is not there, or that another processor has,
 /// holds up those after it.
-///
-/// # Safety
-/// The processor must have AVX-512 (every such processor has the instruction).
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) unsafe fn prefetch_line_for_writing<T>(at: *const T) {
-    // SAFETY: a hint that reads and writes nothing. In assembly, because the intrinsic asks for reading unless the whole
-    // build is for such processors.
+pub(crate) fn prefetch_line_to_write<T>(at: *const T) {
+    // SAFETY: a hint that reads and writes nothing, and that every processor of 64 bits takes, if only as nothing to do. In
+    // assembly, because the intrinsic asks for reading unless the whole build is for processors known to have it.
     unsafe { std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags)) };
 }

@@ -9,7 +9,7 @@ use common::{assert_close, bits, flat, random, wide, zeros};
 use tandem_kernels::Isa;
 use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, attention, attention_backward, decode_attention};
 use tandem_kernels::dropout::dropout;
-use tandem_kernels::mlp::{Activation, activation, activation_backward, gated, gated_backward};
+use tandem_kernels::mlp::{Activation, activation, activation_backward, gated, gated_backward, gated_backward_again};
 use tandem_kernels::norm::{
     add_layer_norm, add_rms_norm, layer_norm, layer_norm_backward, layer_norm_backward_add, rms_norm,
     rms_norm_backward, rms_norm_backward_add,
@@ -66,6 +66,8 @@ fn run_bf16() -> Vec<Tensor> {
     let gate_up = to_bf16(&(random(&[70, 2 * 77], 7) * 4.0).unwrap()).unwrap();
     for act in [Activation::Silu, Activation::GeluTanh, Activation::GeluErf, Activation::Relu] {
         outputs.extend([gated(&gate_up, act).unwrap(), gated_backward(&dy, &gate_up, act).unwrap()]);
+        let (dx, y) = gated_backward_again(&dy, &gate_up, act).unwrap();
+        outputs.extend([dx, y]);
         outputs.extend([activation(&out, act).unwrap(), activation_backward(&dy, &out, act).unwrap()]);
     }
     let (qkv, table) = (narrow(&[70, 4 * 20], 8), RopeTable::new(20, 70, 1e4, None).unwrap());

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use common::{assert_close, bits, flat, gradient, random, rows, tensor, values, wide, with_threads};
 use tandem_kernels::mlp::Activation::{GeluErf, GeluTanh, Relu, Silu};
-use tandem_kernels::mlp::{Activation, activation, activation_backward, gated, gated_backward};
+use tandem_kernels::mlp::{Activation, activation, activation_backward, gated, gated_backward, gated_backward_again};
 use tandem_kernels::reference::mlp::activation as twin;
 use tandem_kernels::slice::{to_bf16, to_f32};
 
@@ -117,6 +117,12 @@ fn bf16_is_f32_rounded_once() {
                     activation_backward(dy2, x, act).unwrap(),
                 ]
             };
+            for (x, dy) in [(&x, &dy), (&x32, &dy32)] {
+                let (dx, y) = gated_backward_again(dy, x, act).unwrap();
+                let apart = [gated_backward(dy, x, act).unwrap(), gated(x, act).unwrap()];
+                let wide = |t: &Tensor| bits(&to_f32(t).unwrap());
+                assert_eq!([wide(&dx), wide(&y)], apart.each_ref().map(wide), "{act:?} again");
+            }
             let want = run(&x32, &dy32, &dy2_32).map(|t| bits(&to_f32(&to_bf16(&t).unwrap()).unwrap()));
             assert_eq!(run(&x, &dy, &dy2).map(|t| bits(&to_f32(&t).unwrap())), want, "{act:?}");
             let last = |t: &Tensor| t.narrow(0, tokens - 1, 1).unwrap().copy().unwrap();

@@ -16,7 +16,10 @@ use tandem_kernels::rope::rope_qkv;
 use tandem_kernels::slice::to_f32;
 use tandem_kernels::{dropout, gemm, mlp};
 
-use super::linear::{Map, linear, linear_backward, linear_backward_f32, linear_f32, norm, norm_backward, rounded};
+use super::linear::{
+    Map, input_backward, linear, linear_backward, linear_backward_f32, linear_f32, norm, norm_backward, rounded,
+    weight_backward,
+};
 use super::lora::{Adapted, Low};
 use super::pass::Pass;
 use super::pieces;
@@ -242,15 +245,20 @@ impl Block<'_> {
             let low = adapted.spread_backward(DOWN, &mlp_low.second, &dy, trained)?;
             let (mut inputs, mut rising) = (Vec::new(), Vec::new());
             for (piece, Activated { up, activated }) in self.numbers().zip(&activated) {
-                let activated = &activated.clone().map_or_else(|| self.activate(up), Ok)?;
                 let map = self.inward(DOWN_MAP);
-                let d_activated = linear_backward(self.weights, grads, piece, map, activated, &dy)?;
-                adapted.gather_backward(DOWN, piece, &low, activated, &d_activated, pass, trained)?;
-                let d_up = if spec.gated {
-                    mlp::gated_backward(&d_activated, up, spec.activation)?
-                } else {
-                    mlp::activation_backward(&d_activated, up, spec.activation)?
+                let d_activated = input_backward(self.weights, piece, map, &dy)?;
+                let (d_up, activated) = match activated {
+                    None if spec.gated && adapted.adapters.is_none() => {
+                        mlp::gated_backward_again(&d_activated, up, spec.activation)?
+                    }
+                    _ => {
+                        let activated = activated.clone().map_or_else(|| self.activate(up), Ok)?;
+                        adapted.gather_backward(DOWN, piece, &low, &activated, &d_activated, pass, trained)?;
+                        let backward = if spec.gated { mlp::gated_backward } else { mlp::activation_backward };
+                        (backward(&d_activated, up, spec.activation)?, activated)
+                    }
                 };
+                weight_backward(grads, piece, map, &activated, &dy)?;
                 inputs.push(linear_backward_f32(self.weights, grads, piece, UP_MAP, input, &d_up)?);
                 adapted.write_backward(UP, piece, &mlp_low.first, &d_up, trained, &mut rising)?;
             }

@@ -40,7 +40,13 @@ pub(super) fn rounded(unit: &UnitBuffer, x: &Tensor) -> Result<Tensor> {
 }
 
 /// The part of the backward of [`linear`] that concerns weight and bias: adds to their gradients, if they are trained.
-fn weight_backward(grads: Option<&UnitBuffer>, piece: usize, map: Map, x: &Tensor, dy: &Tensor) -> Result<()> {
+pub(super) fn weight_backward(
+    grads: Option<&UnitBuffer>,
+    piece: usize,
+    map: Map,
+    x: &Tensor,
+    dy: &Tensor,
+) -> Result<()> {
     let Some(grads) = grads else { return Ok(()) };
     gemm::linear_weight_grad(dy, x, &grads.get_of(piece, map.weight)?)?;
     match map.bias.map(|bias| grads.find_of(piece, bias)).transpose()?.flatten() {
@@ -73,6 +79,11 @@ pub(super) fn linear_backward(
     dy: &Tensor,
 ) -> Result<Tensor> {
     weight_backward(grads, piece, map, x, dy)?;
+    input_backward(unit, piece, map, dy)
+}
+
+/// The part of the backward of [`linear`] that concerns its input: the gradient in the format of the weights.
+pub(super) fn input_backward(unit: &UnitBuffer, piece: usize, map: Map, dy: &Tensor) -> Result<Tensor> {
     Ok(gemm::linear_input_grad(dy, &unit.get_of(piece, map.weight)?)?)
 }
 

@@ -13,7 +13,7 @@ use super::AttentionSpec;
 use super::blocks::Block;
 use crate::Isa;
 #[cfg(target_arch = "x86_64")]
-use crate::prefetch::prefetch_line_for_writing;
+use crate::prefetch::prefetch_line_to_write;
 use crate::prefetch::{LINE, prefetch_line};
 
 /// Bytes of a task, read and written: those of two tasks and what they are packed into share an L2 of 2 MiB.
@@ -228,8 +228,7 @@ impl Ahead {
                 let at = start.wrapping_add(line * LINE);
                 #[cfg(target_arch = "x86_64")]
                 if part.writes {
-                    // SAFETY: `Ahead::new` leaves such parts only where there is AVX-512.
-                    unsafe { prefetch_line_for_writing(at) };
+                    prefetch_line_to_write(at);
                     continue;
                 }
                 prefetch_line(at);

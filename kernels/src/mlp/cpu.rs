@@ -40,6 +40,31 @@ pub(super) fn gated_backward<E: Element>(dy: &[E], gate_up: &[E], width: usize, 
     });
 }
 
+pub(super) fn gated_backward_again<E: Element>(
+    dy: &[E],
+    gate_up: &[E],
+    width: usize,
+    act: Activation,
+    dx: &mut Output<E>,
+    y: &mut Output<E>,
+) {
+    if width == 0 {
+        return;
+    }
+    let rows = rows_per_task(width);
+    let inputs = dy.par_chunks(rows * width).zip(gate_up.par_chunks(rows * 2 * width));
+    let outputs = dx.chunks(rows * 2 * width).zip(y.chunks(rows * width));
+    outputs.zip(inputs).for_each(|((dx, y), (dy, gate_up))| {
+        let inputs = dy.chunks_exact(width).zip(gate_up.chunks_exact(2 * width));
+        let outputs = dx.chunks_exact_mut(2 * width).zip(y.chunks_exact_mut(width));
+        for ((dx, y), (dy, row)) in outputs.zip(inputs) {
+            let (gate, up) = row.split_at(width);
+            let (dgate, dup) = dx.split_at_mut(width);
+            gated_backward_again_row(dy, gate, up, act, dgate, dup, y);
+        }
+    });
+}
+
 pub(super) fn activation<E: Element>(x: &[E], act: Activation, y: &mut Output<E>) {
     y.chunks(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| plain(x, act, y));
 }
@@ -141,6 +166,33 @@ fn gated_backward_row_body<E: Element, const FMA: bool>(
             let ((value, slope), dy) = (f(gate.wide()), dy.wide());
             *dgate = E::narrow(dy * up.wide() * slope);
             *dup = E::narrow(dy * value);
+        }
+    });
+}
+
+simd_fn! {
+    fn gated_backward_again_row<E: Element>(
+        dy: &[E], gate: &[E], up: &[E], act: Activation, dgate: &mut [E], dup: &mut [E], y: &mut [E]
+    ) = gated_backward_again_row_body;
+}
+
+#[inline(always)]
+fn gated_backward_again_row_body<E: Element, const FMA: bool>(
+    dy: &[E],
+    gate: &[E],
+    up: &[E],
+    act: Activation,
+    dgate: &mut [E],
+    dup: &mut [E],
+    y: &mut [E],
+) {
+    for_activation!(act, f => {
+        let (inputs, outputs) = (dy.iter().zip(gate).zip(up), dgate.iter_mut().zip(dup).zip(y));
+        for (((dgate, dup), y), ((dy, gate), up)) in outputs.zip(inputs) {
+            let ((value, slope), dy, up) = (f(gate.wide()), dy.wide(), up.wide());
+            *dgate = E::narrow(dy * up * slope);
+            *dup = E::narrow(dy * value);
+            *y = E::narrow(value * up);
         }
     });
 }

@@ -79,6 +79,24 @@ pub fn gated_backward(dy: &Tensor, gate_up: &Tensor, act: Activation) -> Result<
     })
 }
 
+/// Backward of [`gated`] and, along the way, [`gated`] itself to the bit: the gradient of `gate_up`, `[T, 2f]`, and
+/// `act(gate) · up`, `[T, f]`, for callers that have not kept it.
+///
+/// # Errors
+/// If a shape, dtype or device does not fit.
+pub fn gated_backward_again(dy: &Tensor, gate_up: &Tensor, act: Activation) -> Result<(Tensor, Tensor)> {
+    let _timer = time(Class::Mlp, 0);
+    const OP: &str = "gated_backward_again";
+    let (rows, width) = gated_dims(OP, gate_up)?;
+    check_dims(OP, "dy", &[rows, width], dy.dims())?;
+    check_dtype(OP, "dtype of dy", gate_up.dtype(), dy)?;
+    with_element!(OP, gate_up.dtype(), E => {
+        let (mut dx, mut y) = (Output::<E>::new(rows * 2 * width), Output::<E>::new(rows * width));
+        cpu::gated_backward_again(&view_of::<E>(OP, dy)?, &view_of::<E>(OP, gate_up)?, width, act, &mut dx, &mut y);
+        Ok((dx.into_tensor((rows, 2 * width))?, y.into_tensor((rows, width))?))
+    })
+}
+
 /// `act(x)`, element by element, for `x [T, f]`.
 ///
 /// # Errors

@@ -109,6 +109,7 @@ impl<T: Number> std::ops::DerefMut for Room<T> {
 ///
 /// # Safety
 /// No other part that overlaps may be alive.
+#[expect(clippy::mut_from_ref, reason = "the parts of a result are disjoint by contract")]
 #[inline(always)]
 unsafe fn part<'a, T: Copy>(output: &'a Output<'_, T>, from: usize, len: usize) -> &'a mut [MaybeUninit<T>] {
     assert!(from + len <= output.len(), "part {from} + {len} of {}", output.len());

@@ -238,7 +238,7 @@ pub(super) fn exp2_short(x: __m512) -> __m512 {
     let n = _mm512_roundscale_ps::<0x08>(x);
     let r = _mm512_sub_ps(x, n);
     let mut y = _mm512_set1_ps(9.582_856e-3);
-    for c in [5.590_643_7e-2, 2.402_409_9e-1, 6.931_241_8e-1, 1.0] {
+    for c in [5.590_643_7e-2, 2.402_409_9e-1, 6.931_242e-1, 1.0] {
         y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
     }
     _mm512_scalef_ps(y, n)

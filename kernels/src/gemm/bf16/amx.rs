@@ -7,7 +7,7 @@ use half::bf16;
 use super::block::Ahead;
 use super::pack::Tile;
 use super::tile::Sums;
-use crate::prefetch::prefetch_to_write;
+use crate::prefetch::prefetch_line_to_write;
 
 /// Rows of A as tile loads find them; distances in bytes.
 #[derive(Clone, Copy)]
@@ -48,8 +48,8 @@ pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums
     // The last byte too: a row of C need not start with a cache line.
     let (mut start, mut end) = (ahead.start, ahead.start.wrapping_add(ahead.line.saturating_sub(1)));
     for _ in steps * ROWS..ASKING * ROWS {
-        prefetch_to_write(start);
-        prefetch_to_write(end);
+        prefetch_line_to_write(start);
+        prefetch_line_to_write(end);
         (start, end) = (start.wrapping_add(ahead.stride), end.wrapping_add(ahead.stride));
     }
     // SAFETY: each step reads two tiles of A, which the caller vouches for, and of B; `sums` holds 32 rows of 128 bytes.
