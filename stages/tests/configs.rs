@@ -86,8 +86,9 @@ fn two_ranks_of_a_laptop() {
     // A million parameters: an embedding of 2048 x 128 that is the head too, and four blocks.
     let (ends, block) = (2048 * 128 + 128, 128 * (256 + 128 + 3 * 352) + 2 * 128);
     let half = (ends + 4 * block) / 2;
-    // Of a token in a block: four hidden states, q, k and v, what is attended, a sum per head, gate and up, their product.
-    let activations = 4 * 128 + 256 + 128 + 4 + 704 + 352;
+    // Of a token in a block: two hidden states, q, k and v, what is attended, a sum per head, gate and up; in one block at a
+    // time also two normed hidden states and the product of gate and up.
+    let activations = 5 * (2 * 128 + 256 + 128 + 4 + 704) + 2 * 128 + 352;
     assert_plan(
         &sft,
         &[
@@ -96,7 +97,7 @@ fn two_ranks_of_a_laptop() {
             ("actor: gradients", half),
             ("actor: gradients under way, 2 units", 2 * ends),
             ("actor: optimizer moments", 2 * half),
-            ("actor: activations of 4096 tokens", 4096 * 5 * activations),
+            ("actor: activations of 4096 tokens", 4096 * activations),
         ],
         // Two of four lanes, each with eight sequences in one forward; gathered twice and reduced once for each.
         &[("actor: weights and gradients", 2 * 3 * half)],
@@ -206,7 +207,9 @@ fn eight_machines_without_accelerators() {
     let [sft, reward, _] = plan("cpu-cluster-mpi");
     // SmolLM2-135M: an embedding of 49152 x 576 that is the head too, and thirty blocks, 134,515,008 parameters.
     let all = 134_515_008;
-    let block = 4 * 576 + 15 * 64 + 576 + 9 + 3 * 1536;
+    // Of a token in a block, as above; of one block all.
+    let block = 2 * 576 + 15 * 64 + 576 + 9 + 2 * 1536;
+    let activations = 31 * block + 2 * 576 + 1536;
     assert_plan(
         &sft,
         &[
@@ -214,7 +217,7 @@ fn eight_machines_without_accelerators() {
             ("actor: gradients", all),
             ("actor: optimizer moments", 2 * all / 8),
             ("actor: errors fed back", all + all / 8),
-            ("actor: activations of 1024 tokens", 1024 * 31 * block),
+            ("actor: activations of 1024 tokens", 1024 * activations),
         ],
         // One bit for each number, to its owner and back.
         &[("actor: weights and gradients", 2 * 7 * all / 8 / 32)],

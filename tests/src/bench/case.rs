@@ -62,6 +62,9 @@ impl Format {
     }
 }
 
+/// Most tokens in one forward, unless told otherwise.
+pub(super) const TOKENS_PER_MICRO_BATCH: usize = 4096;
+
 /// A case.
 #[derive(Clone, Debug, Args)]
 pub struct Case {
@@ -87,8 +90,8 @@ pub struct Case {
     /// Compute activations again in the backward.
     #[arg(long)]
     pub recompute: bool,
-    /// Most tokens in one forward.
-    #[arg(long, default_value_t = 2048)]
+    /// Most tokens in one forward; the default is that of the stages.
+    #[arg(long, default_value_t = TOKENS_PER_MICRO_BATCH)]
     pub tokens_per_micro_batch: usize,
     /// Steps measured.
     #[arg(long, default_value_t = 5)]
@@ -115,7 +118,7 @@ impl Case {
             ranks: 1,
             zero_stage: 0,
             recompute: false,
-            tokens_per_micro_batch: 2048,
+            tokens_per_micro_batch: TOKENS_PER_MICRO_BATCH,
             steps: 5,
             warmup: 2,
             profile: false,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::case::{Case, Format, Work};
+use super::case::{Case, Format, TOKENS_PER_MICRO_BATCH, Work};
 use super::peers::{Peer, variants};
 use super::{BenchError, Measured, Shape, median};
 
@@ -32,6 +32,9 @@ pub struct TableArgs {
     /// Steps of a measurement.
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
+    /// Most tokens in one forward of ours.
+    #[arg(long, default_value_t = TOKENS_PER_MICRO_BATCH)]
+    pub tokens_per_micro_batch: usize,
 }
 
 impl TableArgs {
@@ -55,7 +58,8 @@ impl TableArgs {
     }
 
     fn row(&self, work: Work, shape: Shape, precision: Format) -> Result<(), BenchError> {
-        let case = Case { steps: self.steps, precision, ..Case::new(work, shape) };
+        let Self { steps, tokens_per_micro_batch, .. } = *self;
+        let case = Case { steps, precision, tokens_per_micro_batch, ..Case::new(work, shape) };
         let precision = precision.name();
         let ours_alone = |ours: &Measured| {
             format!(
