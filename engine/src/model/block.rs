@@ -17,8 +17,8 @@ use tandem_kernels::slice::to_f32;
 use tandem_kernels::{dropout, gemm, mlp};
 
 use super::linear::{
-    Map, input_backward, linear, linear_backward, linear_backward_f32, linear_f32, norm, norm_backward, rounded,
-    weight_backward,
+    Map, add_norm, input_backward, linear, linear_backward, linear_backward_f32, linear_f32, norm, norm_backward,
+    rounded, weight_backward,
 };
 use super::lora::{Adapted, Low};
 use super::pass::Pass;
@@ -76,6 +76,25 @@ struct BranchSaved {
     input: Option<Tensor>,
 }
 
+/// The residual stream: as it stands, or before the output of a branch is added to it, which the next norm can do in its pass.
+enum Stream {
+    Whole(Tensor),
+    Sum(Tensor, Tensor),
+}
+
+impl Stream {
+    /// `[T, d]`.
+    fn whole(self) -> Result<Tensor> {
+        match self {
+            Stream::Whole(x) => Ok(x),
+            Stream::Sum(x, out) => {
+                add_in_place(&out, &x)?;
+                Ok(out)
+            }
+        }
+    }
+}
+
 const QKV_MAP: Map = Map { weight: QKV, bias: Some(QKV_BIAS) };
 const OUTPUT_MAP: Map = Map { weight: OUTPUT, bias: Some(OUTPUT_BIAS) };
 const UP_MAP: Map = Map { weight: UP, bias: Some(UP_BIAS) };
@@ -121,27 +140,29 @@ impl Block<'_> {
         keep: Keep,
         attend: impl Fn(usize, &Tensor) -> Result<(Tensor, S)>,
     ) -> Result<(Tensor, BlockSaved<S>)> {
-        let (h, attention, (attended, attention_low)) = self.branch(x, (NORM1, NORM1_BIAS), keep, |input| {
-            let (mut saved, mut outputs) = (Vec::new(), Vec::new());
-            let first = self.adapted.read(QKV, input, pass)?;
-            for (place, piece) in self.pieces() {
-                let qkv = linear(self.weights, piece, QKV_MAP, input)?;
-                self.adapted.write(QKV, piece, &first, &qkv)?;
-                let AttentionSpec { heads, kv_heads, .. } = pass.attention[place];
-                if let Some(table) = pass.rope {
-                    rope_qkv(&qkv, heads, kv_heads, table, pass.positions, false)?;
+        let stream = Stream::Whole(x.clone());
+        let (stream, attention, (attended, attention_low)) =
+            self.branch(stream, (NORM1, NORM1_BIAS), keep, |input| {
+                let (mut saved, mut outputs) = (Vec::new(), Vec::new());
+                let first = self.adapted.read(QKV, input, pass)?;
+                for (place, piece) in self.pieces() {
+                    let qkv = linear(self.weights, piece, QKV_MAP, input)?;
+                    self.adapted.write(QKV, piece, &first, &qkv)?;
+                    let AttentionSpec { heads, kv_heads, .. } = pass.attention[place];
+                    if let Some(table) = pass.rope {
+                        rope_qkv(&qkv, heads, kv_heads, table, pass.positions, false)?;
+                    }
+                    let (attended, softmax) = attend(place, &qkv)?;
+                    outputs.push(linear_f32(self.weights, piece, self.inward(OUTPUT_MAP), &attended)?);
+                    saved.push((Attended { qkv, attended }, softmax));
                 }
-                let (attended, softmax) = attend(place, &qkv)?;
-                outputs.push(linear_f32(self.weights, piece, self.inward(OUTPUT_MAP), &attended)?);
-                saved.push((Attended { qkv, attended }, softmax));
-            }
-            let out = self.join(outputs, pass, OUTPUT_MAP)?;
-            let inputs: Vec<_> = self.numbers().zip(saved.iter().map(|(saved, _)| &saved.attended)).collect();
-            let second = self.adapted.gather(OUTPUT, &inputs, pass)?;
-            self.adapted.spread(OUTPUT, &second, &out)?;
-            Ok((self.dropout(&out, pass, Site::Attention)?, (saved, BranchLow { first, second })))
-        })?;
-        let (y, mlp, (activated, mlp_low)) = self.branch(&h, (NORM2, NORM2_BIAS), keep, |input| {
+                let out = self.join(outputs, pass, OUTPUT_MAP)?;
+                let inputs: Vec<_> = self.numbers().zip(saved.iter().map(|(saved, _)| &saved.attended)).collect();
+                let second = self.adapted.gather(OUTPUT, &inputs, pass)?;
+                self.adapted.spread(OUTPUT, &second, &out)?;
+                Ok((self.dropout(&out, pass, Site::Attention)?, (saved, BranchLow { first, second })))
+            })?;
+        let (stream, mlp, (activated, mlp_low)) = self.branch(stream, (NORM2, NORM2_BIAS), keep, |input| {
             let (mut saved, mut outputs, mut inputs) = (Vec::new(), Vec::new(), Vec::new());
             let first = self.adapted.read(UP, input, pass)?;
             for piece in self.numbers() {
@@ -158,7 +179,7 @@ impl Block<'_> {
             self.adapted.spread(DOWN, &second, &out)?;
             Ok((self.dropout(&out, pass, Site::Mlp)?, (saved, BranchLow { first, second })))
         })?;
-        Ok((y, BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low }))
+        Ok((stream.whole()?, BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low }))
     }
 
     /// What the MLP makes of the output of its first map.
@@ -205,24 +226,29 @@ impl Block<'_> {
     /// `compute` also returns what its own backward needs.
     fn branch<S>(
         &self,
-        x: &Tensor,
+        stream: Stream,
         (weight, bias): (&str, &str),
         keep: Keep,
         compute: impl FnOnce(&Tensor) -> Result<(Tensor, S)>,
-    ) -> Result<(Tensor, BranchSaved, S)> {
-        let norm = |x: &Tensor| norm(self.spec, self.weights, weight, bias, x);
+    ) -> Result<(Stream, BranchSaved, S)> {
+        let add_norm = |x: &Tensor, out: &Tensor| add_norm(self.spec, self.weights, weight, bias, x, out);
         if self.spec.post_norm {
-            let input = rounded(self.weights, x)?;
+            let x = stream.whole()?;
+            let input = rounded(self.weights, &x)?;
             let (out, inner) = compute(&input)?;
-            add_in_place(&out, x)?;
-            let (y, stats) = norm(&out)?;
-            Ok((y, BranchSaved { norm_input: out, stats, input: Some(input) }, inner))
+            let (norm_input, y, stats) = add_norm(&x, &out)?;
+            Ok((Stream::Whole(y), BranchSaved { norm_input, stats, input: Some(input) }, inner))
         } else {
-            let (input, stats) = norm(x)?;
+            let (x, input, stats) = match stream {
+                Stream::Whole(x) => {
+                    let (input, stats) = norm(self.spec, self.weights, weight, bias, &x)?;
+                    (x, input, stats)
+                }
+                Stream::Sum(x, out) => add_norm(&x, &out)?,
+            };
             let (out, inner) = compute(&input)?;
-            add_in_place(&out, x)?;
             let input = (keep == Keep::All).then_some(input);
-            Ok((out, BranchSaved { norm_input: x.clone(), stats, input }, inner))
+            Ok((Stream::Sum(x.clone(), out), BranchSaved { norm_input: x, stats, input }, inner))
         }
     }
 

@@ -108,6 +108,22 @@ pub(super) fn norm(
     })
 }
 
+/// `h = x + out` and the [`norm`] of `h`, in one pass.
+pub(super) fn add_norm(
+    spec: &ModelSpec,
+    unit: &UnitBuffer,
+    weight: &str,
+    bias: &str,
+    x: &Tensor,
+    out: &Tensor,
+) -> Result<(Tensor, Tensor, NormStats)> {
+    let w = norm_parameter(spec, unit, weight)?;
+    Ok(match spec.norm {
+        NormKind::Rms => norm::add_rms_norm(x, out, &w, spec.norm_eps)?,
+        NormKind::Layer => norm::add_layer_norm(x, out, &w, &norm_parameter(spec, unit, bias)?, spec.norm_eps)?,
+    })
+}
+
 /// Backward of [`norm`]: adds to the gradients of its parameters, if they are trained; returns that of `x`, with `past` added,
 /// the gradient that reaches `x` past the norm.
 pub(super) fn norm_backward(
