@@ -23,8 +23,10 @@ pub struct Allocator;
 
 /// From so many bytes on a block is large.
 const LARGE: usize = 1 << 20;
-/// Large blocks are multiples of this.
-const PAGE: usize = 1 << 12;
+/// Alignment that any large block has: that of a page, which is no smaller anywhere.
+const ALIGNMENT: usize = 1 << 12;
+/// Large blocks are multiples of this: the largest page that there is, for memory goes back in whole pages.
+const UNIT: usize = 1 << 16;
 /// Addresses for large blocks: more than there will be memory.
 const RANGE: usize = 1 << 40;
 /// How long freed memory is kept: longer than a step, shorter than a phase.
@@ -77,7 +79,7 @@ fn is_large(block: *mut u8) -> bool {
 
 /// Bytes that a block of `size` bytes takes.
 fn rounded(size: usize) -> usize {
-    size.next_multiple_of(PAGE)
+    size.next_multiple_of(UNIT)
 }
 
 /// Runs `work` on what is free, after old memory has gone back.
@@ -94,7 +96,7 @@ fn with_blocks<R>(memory: &MmapMut, work: impl FnOnce(&mut Blocks, Instant) -> R
 
 /// A large block, and whether it holds zeros; `None` if it must come from elsewhere.
 fn take(layout: Layout) -> Option<(*mut u8, bool)> {
-    if layout.size() < LARGE || layout.size() > RANGE || layout.align() > PAGE {
+    if layout.size() < LARGE || layout.size() > RANGE || layout.align() > ALIGNMENT {
         return None;
     }
     let memory = memory()?;
@@ -199,6 +201,6 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_left_to_the_other() {
         assert!(take(layout(LARGE - 1)).is_none() && take(layout(RANGE + 1)).is_none());
-        assert!(take(Layout::from_size_align(LARGE, 2 * PAGE).unwrap()).is_none());
+        assert!(take(Layout::from_size_align(LARGE, 2 * ALIGNMENT).unwrap()).is_none());
     }
 }
