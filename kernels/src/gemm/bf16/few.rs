@@ -12,32 +12,52 @@ const AHEAD: usize = 4;
 
 /// `sums = A·B` over whole steps of 32 terms, of `rows` rows: as [`super::amx::multiply`].
 pub(super) fn multiply(tiles: &Tiles, rows: usize, a: &[Tile], b: &[Tile], sums: &mut Sums) {
-    const TILE: usize = size_of::<Tile>();
-    const PITCH: usize = 4 * LINES;
     let (a, b) = (a.as_chunks::<2>().0, b.as_chunks::<2>().0);
     assert!(a.len() == b.len());
+    start(tiles);
+    for (a, b) in a.iter().zip(b) {
+        let next = b.as_ptr().wrapping_add(2 * AHEAD).cast::<u8>();
+        (0..size_of::<Tile>()).step_by(LINE).for_each(|at| prefetch_line(next.wrapping_add(at)));
+        // SAFETY: each of the two pairs holds two tiles.
+        unsafe { step(tiles, rows, a.as_ptr(), b.as_ptr()) };
+    }
+    finish(tiles, rows, sums);
+}
+
+/// Begins sums with zeros.
+#[inline(always)]
+pub(super) fn start(tiles: &Tiles) {
     tiles.zero::<0>();
     tiles.zero::<1>();
     tiles.zero::<2>();
     tiles.zero::<3>();
-    for (a, b) in a.iter().zip(b) {
-        let next = b.as_ptr().wrapping_add(2 * AHEAD).cast::<u8>();
-        (0..TILE).step_by(LINE).for_each(|at| prefetch_line(next.wrapping_add(at)));
-        let (a, b) = (a.as_ptr().cast::<u8>(), b.as_ptr().cast::<u8>());
-        // SAFETY: each of the two pairs holds two tiles.
-        unsafe {
-            tiles.load::<4>(a, 64);
-            tiles.load::<6>(b, 64);
-            tiles.multiply_add::<0, 4, 6>();
-            tiles.load::<7>(b.add(TILE), 64);
-            tiles.multiply_add::<1, 4, 7>();
-            if rows > 16 {
-                tiles.load::<5>(a.add(TILE), 64);
-                tiles.multiply_add::<2, 5, 6>();
-                tiles.multiply_add::<3, 5, 7>();
-            }
+}
+
+/// Adds a step of 32 terms, of `rows` rows.
+///
+/// # Safety
+/// Two tiles must lie at `a`, and at `b`.
+#[inline(always)]
+pub(super) unsafe fn step(tiles: &Tiles, rows: usize, a: *const Tile, b: *const Tile) {
+    // SAFETY: the caller vouches for the tiles.
+    unsafe {
+        tiles.load::<4>(a.cast(), 64);
+        tiles.load::<6>(b.cast(), 64);
+        tiles.multiply_add::<0, 4, 6>();
+        tiles.load::<7>(b.add(1).cast(), 64);
+        tiles.multiply_add::<1, 4, 7>();
+        if rows > 16 {
+            tiles.load::<5>(a.add(1).cast(), 64);
+            tiles.multiply_add::<2, 5, 6>();
+            tiles.multiply_add::<3, 5, 7>();
         }
     }
+}
+
+/// Stores the sums of `rows` rows.
+#[inline(always)]
+pub(super) fn finish(tiles: &Tiles, rows: usize, sums: &mut Sums) {
+    const PITCH: usize = 4 * LINES;
     let c = sums.0.as_mut_ptr().cast::<u8>();
     // SAFETY: `sums` holds 32 rows of 128 bytes.
     unsafe {

@@ -9,6 +9,7 @@ use super::{Int8Tile, Scaled, store};
 use crate::amx::Tiles;
 use crate::gemm::bf16::K_BLOCK_BF16;
 use crate::gemm::bf16::block::Block;
+use crate::gemm::bf16::few;
 use crate::gemm::bf16::pack::{LINES, STEP, Tile};
 use crate::gemm::bf16::tasks::Product;
 use crate::gemm::bf16::tile::{self, Stored, Sums};
@@ -52,11 +53,9 @@ impl Block {
     }
 }
 
-/// `sums = A·B` over whole steps of 32 terms, of `rows` rows: the tile instructions of [`super::super::few::multiply`].
+/// `sums = A·B` over whole steps of 32 terms, of `rows` rows: the tile instructions of [`few::multiply`].
 #[target_feature(enable = "avx512f,avx512bw")]
 fn multiply(tiles: &Tiles, rows: usize, a: &[Tile], b: &[Int8Tile], sums: &mut Sums) {
-    const TILE: usize = size_of::<Tile>();
-    const PITCH: usize = 4 * LINES;
     assert!(a.len() == b.len() && a.len().is_multiple_of(2));
     let mut rooms = [const { MaybeUninit::<[Tile; WIDENED]>::uninit() }; 2];
     let widen = |b: &[Int8Tile], room: &mut MaybeUninit<[Tile; WIDENED]>| {
@@ -66,10 +65,7 @@ fn multiply(tiles: &Tiles, rows: usize, a: &[Tile], b: &[Int8Tile], sums: &mut S
             unsafe { widen_tile(b, room.as_mut_ptr().cast::<Tile>().add(index)) };
         }
     };
-    tiles.zero::<0>();
-    tiles.zero::<1>();
-    tiles.zero::<2>();
-    tiles.zero::<3>();
+    few::start(tiles);
     let mut chunks = b.chunks(WIDENED);
     let mut next = chunks.next();
     let [mut now, mut later] = rooms.each_mut();
@@ -81,33 +77,10 @@ fn multiply(tiles: &Tiles, rows: usize, a: &[Tile], b: &[Int8Tile], sums: &mut S
         if let Some(b) = next {
             widen(b, later);
         }
-        for (step, a) in a.as_chunks::<2>().0.iter().enumerate() {
-            let a = a.as_ptr().cast::<u8>();
-            // SAFETY: A has two tiles for the step, and so has the room, which was widened for as many.
-            unsafe {
-                let b = now.as_ptr().cast::<u8>().add(2 * TILE * step);
-                tiles.load::<4>(a, 64);
-                tiles.load::<6>(b, 64);
-                tiles.multiply_add::<0, 4, 6>();
-                tiles.load::<7>(b.add(TILE), 64);
-                tiles.multiply_add::<1, 4, 7>();
-                if rows > 16 {
-                    tiles.load::<5>(a.add(TILE), 64);
-                    tiles.multiply_add::<2, 5, 6>();
-                    tiles.multiply_add::<3, 5, 7>();
-                }
-            }
-        }
+        // SAFETY: A has the two tiles of a step, as its number of tiles is even, and so has the room, which was widened for as
+        // many.
+        unsafe { few::step(tiles, rows, a.as_ptr(), now.as_ptr().cast()) };
         std::mem::swap(&mut now, &mut later);
     }
-    let c = sums.0.as_mut_ptr().cast::<u8>();
-    // SAFETY: `sums` holds 32 rows of 128 bytes.
-    unsafe {
-        tiles.store::<0>(c, PITCH);
-        tiles.store::<1>(c.add(64), PITCH);
-        if rows > 16 {
-            tiles.store::<2>(c.add(16 * PITCH), PITCH);
-            tiles.store::<3>(c.add(16 * PITCH + 64), PITCH);
-        }
-    }
+    few::finish(tiles, rows, sums);
 }
