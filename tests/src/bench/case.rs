@@ -1,7 +1,7 @@
 //! One case: its settings, and how it is run here or in a child process.
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use tandem_engine::{Precision, WeightFormat};
@@ -99,7 +99,7 @@ pub struct Case {
     /// Steps before those.
     #[arg(long, default_value_t = 2)]
     pub warmup: usize,
-    /// Print where the time went, warmup included.
+    /// Print where the time of the measured steps went.
     #[arg(long)]
     pub profile: bool,
     /// Threads of all ranks together; 0: one for each core.
@@ -145,13 +145,12 @@ impl Case {
     /// If the model cannot be made or a step fails.
     pub fn run(&self) -> Result<Measured, BenchError> {
         profile::switch(self.profile);
-        let start = Instant::now();
         let measured = match self.work {
             Work::Sft | Work::Reward => train::run(self),
             Work::Generate => generate::run(self),
             Work::Ppo => ppo::run(self),
         }?;
-        if let Some(table) = breakdown(start.elapsed(), self.ranks) {
+        if let Some(table) = breakdown(Duration::from_secs_f64(measured.seconds.iter().sum()), self.ranks) {
             eprintln!("{table}");
         }
         Ok(measured)

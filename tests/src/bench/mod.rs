@@ -15,6 +15,7 @@ mod zero;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use tandem_kernels::profile;
 
 pub use case::{Case, Format, Work};
 pub use shape::Shape;
@@ -62,6 +63,11 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// Forgets what was counted of the model's making and of the steps that warm up: a profile is of the measured steps alone.
+fn warmed_up() {
+    profile::take();
+}
+
 /// Runs `step` `warmup + steps` times and returns the seconds of the last `steps`.
 fn timed(
     warmup: usize,
@@ -70,6 +76,9 @@ fn timed(
 ) -> Result<Vec<f64>, BenchError> {
     let mut seconds = Vec::with_capacity(steps);
     for index in 0..warmup + steps {
+        if index == warmup {
+            warmed_up();
+        }
         let start = Instant::now();
         step(index)?;
         if index >= warmup {

@@ -14,7 +14,7 @@ use tandem_stages::ranks::Team;
 use super::case::Case;
 use super::generate::{NEW_TOKENS, PROMPT_TOKENS, SEQUENCES, frozen, prompts};
 use super::train::{optimizer, recompute};
-use super::{BenchError, Measured, median, peak_mib};
+use super::{BenchError, Measured, median, peak_mib, warmed_up};
 
 const PHASES: [&str; 3] = ["generate", "score", "train"];
 
@@ -56,6 +56,9 @@ fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
     let shape = RewardShape { kl_coefficient: 0.1, score_clip: Some(5.0), missing_eos_penalty: 0.0 };
     let mut laps = Vec::new();
     for iteration in 0..case.warmup + case.steps {
+        if iteration == case.warmup {
+            warmed_up();
+        }
         let start = Instant::now();
         let prompts = prompts(case.shape, iteration as u64);
         let borrowed: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
