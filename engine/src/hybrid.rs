@@ -272,7 +272,19 @@ impl Engine<Train> {
         Ok(StepOutcome { wire_bytes, ..outcome })
     }
 
-    /// Forgets the accumulated gradient, as when another model's step was skipped.
+    /// What [`Self::step`] would report, without a step: weights, moments and step count stay; clears the gradient.
+    ///
+    /// # Errors
+    /// If ranks have lost each other.
+    pub fn skip(&mut self, denominator: f64) -> Result<StepOutcome> {
+        let grad_norm = self.grad_norm(denominator)?;
+        let lr = self.optimizer.config().schedule.lr(self.optimizer.step() + 1);
+        let wire_bytes = self.mode.sent_bytes;
+        self.clear_grads()?;
+        Ok(StepOutcome { lr, grad_norm, applied: false, wire_bytes })
+    }
+
+    /// Forgets the accumulated gradient.
     ///
     /// # Errors
     /// If the tensor library refuses.

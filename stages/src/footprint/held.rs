@@ -74,7 +74,10 @@ impl Case<'_> {
             trained = Units::of_adapters(self.spec, &self.config.lora, mesh);
             parts.push(part(format!("{name}: adapters"), kept(trained, 3), weights_in_files));
         }
-        parts.push(part(format!("{name}: gradients"), kept(trained, 2), false));
+        let gradients = (format!("{name}: gradients"), kept(trained, 2));
+        // One rank with one lane adds up where kernels write, in memory that it takes for the step alone.
+        let is_in_place = mesh.data.max(self.config.parallel.data_lanes) == 1;
+        parts.push(if is_in_place { at_work(gradients.0, gradients.1) } else { part(gradients.0, gradients.1, false) });
         if zero_stage >= 2 && mesh.data > 1 {
             parts.push(at_work(format!("{name}: gradients under way, 2 units"), 2 * trained.largest()));
         }

@@ -276,11 +276,13 @@ fn mini_batch<'a>(config: &Config, state: &PpoState, lessons: &'a [Lesson]) -> V
 fn follow(learner: &mut Learner, state: &mut PpoState, outcome: &update::UpdateOutcome) -> Result<()> {
     state.totals.add(state.update, outcome);
     state.update += 1;
-    if outcome.applied {
+    if let Some(ema) = &mut learner.ema
+        && outcome.actor_is_finite
+    {
+        ema.update(learner.actor.model())?;
+    }
+    if outcome.actor_is_finite && outcome.critic_is_finite {
         state.skipped_in_a_row = 0;
-        if let Some(ema) = &mut learner.ema {
-            ema.update(learner.actor.model())?;
-        }
         return Ok(());
     }
     state.skipped_in_a_row += 1;

@@ -37,7 +37,7 @@ pub(super) struct PpoState {
     /// The KL coefficient.
     #[serde(with = "bits")]
     pub(super) kl_coefficient: f64,
-    /// Updates in a row that were skipped for gradients that were not finite.
+    /// Updates in a row in which a model stayed as it was, because its gradient was not finite.
     pub(super) skipped_in_a_row: u32,
     /// What the iteration's updates did so far.
     pub(super) totals: Totals,

@@ -63,8 +63,10 @@ pub struct UpdateOutcome {
     pub grad_norm: f64,
     /// Learning rate of the actor.
     pub lr: f64,
-    /// Whether the models moved: both do, or neither.
-    pub applied: bool,
+    /// Whether the actor's gradient is finite. Otherwise it stayed as it was.
+    pub actor_is_finite: bool,
+    /// Whether the critic's gradient is finite. Otherwise it stayed as it was.
+    pub critic_is_finite: bool,
 }
 
 /// Which of the two models an update moves.
@@ -79,7 +81,9 @@ pub enum Learners {
 /// One optimizer step of actor and critic on the mini-batch `lessons`.
 ///
 /// Sums over all response tokens are divided by their number in the whole mini-batch, so the micro-batches' sizes do not
-/// matter. If either gradient is not finite neither model moves.
+/// matter. The actor takes its step before the critic's gradient is begun, so that gradient and activations of one model are held
+/// at a time. A model whose gradient is not finite stays as it is; the other moves, since what it learns from, the advantages and
+/// returns, was fixed before either.
 ///
 /// # Errors
 /// If a sequence does not fit a model.
@@ -121,6 +125,17 @@ pub fn update(
             policies.push((share.passes[pass].0, stats.to_array()));
         }
     }
+    let mut policy = PolicyStats::default();
+    for stats in team.gather(&policies, share.all)?.into_iter().flatten() {
+        policy.add(&PolicyStats::from_array(stats));
+    }
+    let tokens = policy.tokens;
+    let moved = match learners {
+        Learners::Both => actor.step(tokens)?,
+        Learners::Critic => actor.skip(tokens)?,
+    };
+    let actor_is_finite = moved.grad_norm.is_finite();
+
     let loss = |pass: usize, values: &_| {
         let old = vector(&of(pass, &|index| lessons[index].old_values.clone()))?;
         let returns = vector(&of(pass, &|index| lessons[index].returns.clone()))?;
@@ -129,24 +144,14 @@ pub fn update(
     let results = critic.accumulate_all_scores(&passes, config.recompute, loss)?;
     let numbers = share.passes.iter().map(|(number, _)| *number);
     let values: Vec<_> = numbers.zip(results).filter_map(|(number, result)| Some((number, [result?.0]))).collect();
-    let mut policy = PolicyStats::default();
-    for stats in team.gather(&policies, share.all)?.into_iter().flatten() {
-        policy.add(&PolicyStats::from_array(stats));
-    }
     let value_total = team.gather(&values, share.all)?.into_iter().flatten().fold(0.0, |total, [loss]| total + loss);
-    let tokens = policy.tokens;
-    let grad_norm = actor.grad_norm(tokens)?;
-    let applied = grad_norm.is_finite() && critic.grad_norm(tokens)?.is_finite();
-    let lr = actor.optimizer().config().schedule.lr(actor.optimizer().step() + 1);
-    if applied && learners == Learners::Both {
-        actor.step(tokens)?;
-    } else {
-        actor.clear_grads()?;
-    }
-    if applied {
-        critic.step(tokens)?;
-    } else {
-        critic.clear_grads()?;
-    }
-    Ok(UpdateOutcome { policy, value_loss: value_total, grad_norm, lr, applied })
+    let critic_is_finite = critic.step(tokens)?.applied;
+    Ok(UpdateOutcome {
+        policy,
+        value_loss: value_total,
+        grad_norm: moved.grad_norm,
+        lr: moved.lr,
+        actor_is_finite,
+        critic_is_finite,
+    })
 }

@@ -92,7 +92,8 @@ fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
             });
         }
         let lessons: Vec<&Lesson> = lessons.iter().collect();
-        if !update(&team, &mut actor, &mut critic, &lessons, Learners::Both, &config)?.applied {
+        let outcome = update(&team, &mut actor, &mut critic, &lessons, Learners::Both, &config)?;
+        if !(outcome.actor_is_finite && outcome.critic_is_finite) {
             return Err("a gradient is not finite".into());
         }
         let trained = Instant::now();

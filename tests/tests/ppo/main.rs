@@ -1,6 +1,7 @@
 //! Proof that PPO works: two tasks whose best outcome is known exactly, and mutations that must be noticed.
 
 mod mutations;
+mod separate;
 mod toy;
 
 use toy::{C, Iteration, MAX_RESPONSE, Toy, Variant, count_a, ends, optimum};
