@@ -5,9 +5,11 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::K_BLOCK;
+use super::few::few_rows;
 use super::micro::{MicroKernel, micro_kernel};
 use super::output::Output;
-use super::pack::{pack_a, pack_b};
+use super::pack::pack_b;
+use super::task::run_task;
 use crate::room::Room;
 
 /// The right operand of a product.
@@ -15,8 +17,33 @@ use crate::room::Room;
 pub(crate) enum Right<'a> {
     /// Its elements, with the distances from one `k` to the next and from one column to the next.
     Strided(&'a [f32], (usize, usize)),
-    /// [`pack_blocks`] of all columns over all of `k`, for this kernel.
+    /// [`pack_panels`] of all columns over all of `k`, for this kernel.
     Packed(&'a [f32], MicroKernel),
+}
+
+/// A right operand that is packed for several products, and its memory, which is used again.
+#[derive(Default)]
+pub(crate) struct PackedRight {
+    panels: Room,
+    kernel: Option<MicroKernel>,
+}
+
+impl PackedRight {
+    /// Packs `k` terms of `columns` columns, given their strides.
+    pub(crate) fn fill(&mut self, b: &[f32], strides: (usize, usize), columns: usize, k: usize) {
+        let kernel = micro_kernel();
+        let panels = self.panels.first(columns.next_multiple_of(kernel.columns) * k);
+        pack_panels(b, strides, columns, k, &kernel, panels);
+        self.kernel = Some(kernel);
+    }
+
+    /// What was packed last.
+    ///
+    /// # Panics
+    /// If nothing was.
+    pub(crate) fn right(&self) -> Right<'_> {
+        Right::Packed(&self.panels, self.kernel.expect("a packed operand"))
+    }
 }
 
 /// `C[m, n] (+)= A[m, k] · B[k, n]` on strided slices.
@@ -43,9 +70,9 @@ pub(crate) struct Gemm<'a> {
     pub(crate) accumulate: bool,
 }
 
-/// Largest rows of C in one task: its packed A (240 KiB) stays in L2.
+/// Largest rows of C in one task: its A (240 KiB) stays in L2.
 const TASK_ROWS: usize = 240;
-/// Largest columns of C in one task: a block of packed B (1 MiB) stays in L2 while all rows of the task pass by.
+/// Largest columns of C in one task: a block of B (1 MiB) stays in L2 while all rows of the task pass by.
 const TASK_COLUMNS: usize = 1024;
 /// Elements of B that are packed before the tasks start (4 MiB).
 const PACKED_B: usize = 1 << 20;
@@ -57,34 +84,38 @@ const MANY_ROWS: usize = 128;
 /// Below this many multiply-adds a fork costs more than it saves.
 const SERIAL_BELOW: usize = 1 << 17;
 
-/// C, as a task writes a rectangle of it.
-#[derive(Clone, Copy)]
-struct Target<'a> {
-    c: &'a Output<'a, f32>,
-    row_stride: usize,
-    accumulate: bool,
-}
-
 /// A rectangle of C.
 #[derive(Clone, Copy)]
-struct Task {
-    row: usize,
-    rows: usize,
-    column: usize,
-    columns: usize,
+pub(super) struct Task {
+    pub(super) row: usize,
+    pub(super) rows: usize,
+    pub(super) column: usize,
+    pub(super) columns: usize,
 }
 
 /// The columns and the terms of B that are at hand.
 #[derive(Clone, Copy)]
-struct Part<'a> {
-    columns: (usize, usize),
-    k: (usize, usize),
-    /// [`pack_blocks`] of this part; or all of B, of which tasks pack what they need.
-    b: Right<'a>,
+pub(super) struct Part<'a> {
+    /// The first column, and how many.
+    pub(super) columns: (usize, usize),
+    /// The first term, and how many.
+    pub(super) k: (usize, usize),
+    pub(super) b: At<'a>,
+}
+
+/// Where tasks find B.
+#[derive(Clone, Copy)]
+pub(super) enum At<'a> {
+    /// [`pack_panels`] of this part.
+    Panels(&'a [f32]),
+    /// In place, so many elements from a term to the next, the columns side by side.
+    InPlace(usize),
+    /// Nowhere: each packs what it needs.
+    Nowhere,
 }
 
 thread_local! {
-    /// A and B of a task.
+    /// A panel of A, and panels of B, of a task.
     static OPERANDS: RefCell<(Room, Room)> = RefCell::default();
     /// B for all tasks of a product.
     static SHARED: RefCell<Room> = RefCell::default();
@@ -109,39 +140,65 @@ pub(crate) fn gemm(g: Gemm<'_>) {
         return;
     }
     assert!(g.a.len() > (g.m - 1) * g.a_row_stride + (g.k - 1) * g.a_col_stride, "gemm: A is too short");
-    let kernel = match g.b {
+    match g.b {
+        Right::Packed(panels, kernel) => {
+            assert!(panels.len() == g.n.next_multiple_of(kernel.columns) * g.k, "gemm: length of the packed B");
+            if !few_rows(&g, panels, &kernel) {
+                run_part(&g, &kernel, Part { columns: (0, g.n), k: (0, g.k), b: At::Panels(panels) });
+            }
+        }
         Right::Strided(b, strides) => {
             assert!(b.len() > (g.k - 1) * strides.0 + (g.n - 1) * strides.1, "gemm: B is too short");
-            micro_kernel()
+            strided(&g, b, strides);
         }
-        Right::Packed(b, kernel) => {
-            assert!(b.len() == g.n.next_multiple_of(kernel.columns) * g.k, "gemm: length of the packed B");
-            kernel
-        }
-    };
-    let c = Target { c: &g.c, row_stride: g.c_row_stride, accumulate: g.accumulate };
-    match g.b {
-        Right::Strided(b, strides) if g.m > FEW_ROWS => {
-            // Taken out, not borrowed: while this thread waits for others, it may be given another product.
-            let mut room = SHARED.take();
-            let columns = even(g.n, TASK_COLUMNS, kernel.columns);
-            let terms = PACKED_B / columns / K_BLOCK * K_BLOCK;
-            for column in (0..g.n).step_by(columns) {
-                let columns = columns.min(g.n - column);
-                for k0 in (0..g.k).step_by(terms) {
-                    let kc = terms.min(g.k - k0);
-                    let b = &b[k0 * strides.0 + column * strides.1..];
-                    let packed = room.first(columns.next_multiple_of(kernel.columns) * kc);
-                    pack_blocks(b, strides, columns, kc, &kernel, packed);
-                    let b = Right::Packed(packed, kernel);
-                    let part = Part { columns: (column, columns), k: (k0, kc), b };
-                    run_part(&g, &kernel, c, part);
-                }
-            }
-            SHARED.set(room);
-        }
-        b => run_part(&g, &kernel, c, Part { columns: (0, g.n), k: (0, g.k), b }),
     }
+}
+
+/// The product with a B that was packed before, on this thread alone.
+///
+/// # Panics
+/// As [`gemm`], and if B was not packed.
+pub(crate) fn gemm_here(g: Gemm<'_>) {
+    let Right::Packed(panels, kernel) = g.b else { panic!("gemm: right operand that is not packed") };
+    assert!(g.m > 0 && g.n > 0 && g.k > 0, "gemm: nothing to compute");
+    assert!(g.c.len() >= (g.m - 1) * g.c_row_stride + g.n && g.c_row_stride >= g.n, "gemm: C is too short");
+    assert!(g.a.len() > (g.m - 1) * g.a_row_stride + (g.k - 1) * g.a_col_stride, "gemm: A is too short");
+    assert!(panels.len() == g.n.next_multiple_of(kernel.columns) * g.k, "gemm: length of the packed B");
+    let part = Part { columns: (0, g.n), k: (0, g.k), b: At::Panels(panels) };
+    for task in tasks(g.m, g.n, &kernel, false, 1) {
+        OPERANDS.with_borrow_mut(|(a, b)| run_task(&g, &kernel, &part, &task, a, b));
+    }
+}
+
+/// The product with a B that was not packed before.
+fn strided(g: &Gemm<'_>, b: &[f32], strides: (usize, usize)) {
+    let kernel = micro_kernel();
+    let at = match strides {
+        _ if g.m <= FEW_ROWS => At::Nowhere,
+        // A sum over rows of both operands: few rows of C for each element of B, which lies in the order of the kernel.
+        (stride, 1) if g.a_row_stride == 1 && g.a_col_stride > 1 => At::InPlace(stride),
+        _ => return packed_first(g, b, strides, &kernel),
+    };
+    run_part(g, &kernel, Part { columns: (0, g.n), k: (0, g.k), b: at });
+}
+
+/// The product with B packed for all tasks, as much of it at a time as caches hold.
+fn packed_first(g: &Gemm<'_>, b: &[f32], strides: (usize, usize), kernel: &MicroKernel) {
+    // Taken out, not borrowed: while this thread waits for others, it may be given another product.
+    let mut room = SHARED.take();
+    let columns = even(g.n, TASK_COLUMNS, kernel.columns);
+    let terms = PACKED_B / columns / K_BLOCK * K_BLOCK;
+    for column in (0..g.n).step_by(columns) {
+        let columns = columns.min(g.n - column);
+        for k0 in (0..g.k).step_by(terms) {
+            let kc = terms.min(g.k - k0);
+            let b = &b[k0 * strides.0 + column * strides.1..];
+            let packed = room.first(columns.next_multiple_of(kernel.columns) * kc);
+            pack_panels(b, strides, columns, kc, kernel, packed);
+            run_part(g, kernel, Part { columns: (column, columns), k: (k0, kc), b: At::Panels(packed) });
+        }
+    }
+    SHARED.set(room);
 }
 
 /// The size of the fewest nearly equal parts of `n`, none larger than `most`, in multiples of `unit`.
@@ -149,8 +206,8 @@ fn even(n: usize, most: usize, unit: usize) -> usize {
     n.div_ceil(n.div_ceil(most)).next_multiple_of(unit)
 }
 
-/// Packs `k × columns` of B: the blocks of [`K_BLOCK`] terms one after another, each as panels of all columns.
-pub(super) fn pack_blocks(
+/// Packs `k × columns` of B: panels of some columns with all of `k`, one after another.
+pub(super) fn pack_panels(
     b: &[f32],
     strides: (usize, usize),
     columns: usize,
@@ -158,55 +215,46 @@ pub(super) fn pack_blocks(
     kernel: &MicroKernel,
     packed: &mut [f32],
 ) {
-    let nr = kernel.columns;
-    let mut panels = Vec::new();
-    let mut rest = packed;
-    for k0 in (0..k).step_by(K_BLOCK) {
-        let kc = K_BLOCK.min(k - k0);
-        for column in (0..columns).step_by(nr) {
-            let (panel, tail) = rest.split_at_mut(nr * kc);
-            panels.push((k0, column, panel));
-            rest = tail;
-        }
+    if k == 0 {
+        return;
     }
-    let pack = |(k0, column, panel): (usize, usize, &mut [f32])| {
+    let nr = kernel.columns;
+    let pack = |(index, panel): (usize, &mut [f32])| {
+        let (column, k0) = (index / k.div_ceil(K_BLOCK) * nr, index % k.div_ceil(K_BLOCK) * K_BLOCK);
         let (source, width) = (&b[k0 * strides.0 + column * strides.1..], nr.min(columns - column));
         pack_b(source, strides, width, panel.len() / nr, nr, panel);
     };
     if columns * k < SERIAL_BELOW {
-        panels.into_iter().for_each(pack);
+        packed.chunks_mut(nr * k).flat_map(|panel| panel.chunks_mut(nr * K_BLOCK)).enumerate().for_each(pack);
     } else {
-        panels.into_par_iter().with_max_len(4).for_each(pack);
+        let blocks: Vec<_> =
+            packed.chunks_mut(nr * k).flat_map(|panel| panel.chunks_mut(nr * K_BLOCK)).enumerate().collect();
+        blocks.into_par_iter().with_max_len(4).for_each(pack);
     }
 }
 
-/// The columns of B one after the other, from what [`pack_blocks`] has written.
-pub(super) fn unpack_blocks(packed: &[f32], columns: usize, k: usize, kernel: &MicroKernel) -> Vec<f32> {
+/// The columns of B one after the other, from what [`pack_panels`] has written.
+pub(super) fn unpack_panels(packed: &[f32], columns: usize, k: usize, kernel: &MicroKernel) -> Vec<f32> {
     let nr = kernel.columns;
     let mut b = vec![0.0; columns * k];
-    let mut rest = packed;
-    for k0 in (0..k).step_by(K_BLOCK) {
-        let kc = K_BLOCK.min(k - k0);
-        for column in (0..columns).step_by(nr) {
-            let (panel, tail) = rest.split_at(nr * kc);
-            rest = tail;
-            for (term, line) in panel.chunks_exact(nr).enumerate() {
-                for (of, value) in line.iter().take(columns - column).enumerate() {
-                    b[(column + of) * k + k0 + term] = *value;
-                }
-            }
+    // Of no terms there are no elements, and any length of a panel will do.
+    let pitch = (nr * k).max(1);
+    for (b, panel) in b.chunks_mut(pitch).zip(packed.chunks_exact(pitch)) {
+        for (of, column) in b.chunks_exact_mut(k).enumerate() {
+            column.iter_mut().zip(panel.chunks_exact(nr)).for_each(|(value, line)| *value = line[of]);
         }
     }
     b
 }
 
 /// Adds what a part of B contributes to C.
-fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, c: Target<'_>, part: Part<'_>) {
+fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, part: Part<'_>) {
     let (column, columns) = part.columns;
-    let tasks = tasks(g.m, columns, kernel);
+    let threads = rayon::current_num_threads();
+    let tasks = tasks(g.m, columns, kernel, matches!(part.b, At::InPlace(_)), threads);
     let run = |task: &Task| {
         let task = Task { column: column + task.column, ..*task };
-        OPERANDS.with_borrow_mut(|(a, b)| run_task(g, kernel, &part, &task, c, a, b));
+        OPERANDS.with_borrow_mut(|(a, b)| run_task(g, kernel, &part, &task, a, b));
     };
     if tasks.len() == 1 || g.m * columns * part.k.1 < SERIAL_BELOW {
         tasks.iter().for_each(run);
@@ -217,19 +265,20 @@ fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, c: Target<'_>, part: Part<'_>) {
 }
 
 /// Cuts rows and columns into rectangles, a few per thread, aligned to the micro-kernel.
-fn tasks(m: usize, n: usize, kernel: &MicroKernel) -> Vec<Task> {
-    let threads = rayon::current_num_threads();
+fn tasks(m: usize, n: usize, kernel: &MicroKernel, in_place: bool, threads: usize) -> Vec<Task> {
     // Where one thread does it all, more tasks only pack more.
     let wanted = if threads == 1 { 1 } else { 8 * threads };
     let mut rows = even(m, TASK_ROWS, kernel.rows);
     let mut columns = even(n, if m <= FEW_ROWS { FEW_ROWS_COLUMNS } else { TASK_COLUMNS }, kernel.columns);
+    // In place B comes from far away for each task anew.
+    let fewest = if in_place { 3 } else { 2 } * kernel.rows;
     while m.div_ceil(rows) * n.div_ceil(columns) < wanted {
-        if m >= MANY_ROWS && rows > 2 * kernel.rows {
-            rows = (rows / 2).next_multiple_of(kernel.rows);
-        } else if columns > kernel.columns {
+        if m >= MANY_ROWS && rows > fewest {
+            rows = (rows / 2).next_multiple_of(kernel.rows).max(fewest);
+        } else if columns > kernel.columns && !in_place {
             columns = (columns / 2).next_multiple_of(kernel.columns);
-        } else if rows > 2 * kernel.rows {
-            rows = (rows / 2).next_multiple_of(kernel.rows);
+        } else if rows > fewest {
+            rows = (rows / 2).next_multiple_of(kernel.rows).max(fewest);
         } else {
             break;
         }
@@ -241,48 +290,4 @@ fn tasks(m: usize, n: usize, kernel: &MicroKernel) -> Vec<Task> {
         }
     }
     tasks
-}
-
-/// A panel of A stays in L1 while the panels of B pass by: a row of tiles of C is written from left to right.
-fn run_task(
-    g: &Gemm<'_>,
-    kernel: &MicroKernel,
-    part: &Part<'_>,
-    t: &Task,
-    c: Target<'_>,
-    a_room: &mut Room,
-    b_room: &mut Room,
-) {
-    let (mr, nr) = (kernel.rows, kernel.columns);
-    let width = part.columns.1.next_multiple_of(nr);
-    let (first_k, terms) = part.k;
-    for k0 in (0..terms).step_by(K_BLOCK) {
-        let kc = K_BLOCK.min(terms - k0);
-        let accumulate = c.accumulate || first_k + k0 > 0;
-        let a_packed = a_room.first(t.rows * kc);
-        let a = &g.a[t.row * g.a_row_stride + (first_k + k0) * g.a_col_stride..];
-        pack_a(a, (g.a_row_stride, g.a_col_stride), t.rows, kc, mr, a_packed);
-        let b_packed = match part.b {
-            Right::Packed(packed, _) => &packed[k0 * width + (t.column - part.columns.0) * kc..],
-            Right::Strided(b, strides) => {
-                let packed = b_room.first(t.columns.next_multiple_of(nr) * kc);
-                let b = &b[(first_k + k0) * strides.0 + t.column * strides.1..];
-                pack_b(b, strides, t.columns, kc, nr, packed);
-                packed
-            }
-        };
-        for row in (0..t.rows).step_by(mr) {
-            let rows = mr.min(t.rows - row);
-            let a = &a_packed[row * kc..row * kc + rows * kc];
-            for column in (0..t.columns).step_by(nr) {
-                let columns = nr.min(t.columns - column);
-                let b = &b_packed[column * kc..][..nr * kc];
-                // SAFETY: the rectangle lies inside C (checked in `gemm`), and no other task writes it.
-                unsafe {
-                    let corner = c.c.start().add((t.row + row) * c.row_stride + t.column + column);
-                    (kernel.run)(rows, columns, kc, a, b, corner, c.row_stride, accumulate);
-                }
-            }
-        }
-    }
 }

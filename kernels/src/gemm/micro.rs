@@ -1,9 +1,59 @@
 //! The innermost loop: a few rows times a few columns of C kept in registers over one block of `k`.
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use crate::simd::{Isa, PORTABLE_FMA, fma};
 
-/// Computes one tile: `(rows, columns, kc, a panel, b panel, corner of C, row stride of C, accumulate)`.
-type Run = unsafe fn(usize, usize, usize, &[f32], &[f32], *mut f32, usize, bool);
+/// Terms of a few rows of A.
+#[derive(Clone, Copy)]
+pub(super) enum Order {
+    /// The terms of a row side by side; so many elements from a row to the next.
+    Rows(usize),
+    /// The rows of a term side by side; so many elements from a term to the next.
+    Terms(usize),
+}
+
+impl Order {
+    /// Elements from a row to the next, and from a term to the next.
+    fn strides(self) -> (usize, usize) {
+        match self {
+            Order::Rows(stride) => (stride, 1),
+            Order::Terms(stride) => (1, stride),
+        }
+    }
+}
+
+/// What lies far away and is needed soon: two cache lines for each term.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// The first of them; it need not be memory of ours.
+    pub(super) start: *const f32,
+    /// Elements from the lines of a term to those of the next.
+    pub(super) stride: usize,
+}
+
+/// What a micro-kernel computes: a tile of C over some terms.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) terms: usize,
+    pub(super) a: *const f32,
+    pub(super) order: Order,
+    /// Where to leave a copy of A, `[terms][rows]`; or null.
+    pub(super) copy: *mut f32,
+    /// As many columns of each term as the micro-kernel is wide, whatever `columns` is.
+    pub(super) b: *const f32,
+    /// Elements from a term of B to the next.
+    pub(super) b_stride: usize,
+    pub(super) c: *mut f32,
+    /// Elements from a row of C to the next.
+    pub(super) c_stride: usize,
+    /// Add to C instead of overwriting it.
+    pub(super) accumulate: bool,
+    /// What to ask for meanwhile.
+    pub(super) ahead: Option<Ahead>,
+}
 
 /// A micro-kernel and the largest tile that it computes.
 #[derive(Clone, Copy)]
@@ -12,18 +62,20 @@ pub(crate) struct MicroKernel {
     pub(super) rows: usize,
     /// Columns of every panel of B.
     pub(super) columns: usize,
-    /// The kernel. Unsafe: C must hold the tile.
-    pub(super) run: Run,
+    /// The kernel. Unsafe: A, B and C must hold the tile, and the copy have room for A.
+    pub(super) run: unsafe fn(&Tile),
+    /// Whether [`few_rows`](super::few::few_rows) has a kernel of its own.
+    pub(super) has_few: bool,
 }
 
 /// The kernel for the active instruction set.
 pub(super) fn micro_kernel() -> MicroKernel {
     match Isa::active() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => MicroKernel { rows: 12, columns: 32, run: avx512 },
+        Isa::Amx | Isa::Avx512 => MicroKernel { rows: 12, columns: 32, run: avx512::tile, has_few: true },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => MicroKernel { rows: 6, columns: 16, run: avx2 },
-        _ => MicroKernel { rows: 4, columns: 8, run: portable },
+        Isa::Avx2 => MicroKernel { rows: 6, columns: 16, run: avx2, has_few: false },
+        _ => MicroKernel { rows: 4, columns: 8, run: portable, has_few: false },
     }
 }
 
@@ -37,168 +89,90 @@ unsafe fn store_row(tile: &[f32], columns: usize, c: *mut f32, accumulate: bool)
     }
 }
 
-/// Expands to a match from a run-time row count to a kernel compiled for it and for so many vectors: edge tiles do no work for absent rows.
-#[cfg(target_arch = "x86_64")]
-macro_rules! by_rows {
-    ($rows:expr, $kernel:ident, [$($r:literal)*], $vectors:literal, $args:tt) => {
-        match $rows { $($r => $kernel::<$r, $vectors> $args,)* _ => unreachable!("more rows than the panel holds") }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-unsafe fn avx512(
-    rows: usize,
-    columns: usize,
-    kc: usize,
-    a: &[f32],
-    b: &[f32],
-    c: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
-    use std::arch::x86_64::*;
-
-    /// `R` rows of `NV` vectors; of the last vector, the first `columns - 16 (NV - 1)` lanes.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn tile<const R: usize, const NV: usize>(
-        columns: usize,
-        kc: usize,
-        a: &[f32],
-        b: &[f32],
-        c: *mut f32,
-        stride: usize,
-        accumulate: bool,
-    ) {
-        assert!(a.len() >= kc * R && b.len() >= kc * 32 && columns <= 16 * NV && columns > 16 * (NV - 1));
-        // C is far away: on its way while the sums are made.
-        for i in 0..R {
-            for v in 0..NV {
-                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * stride + 16 * v).cast());
-            }
-        }
-        let mut acc = [[_mm512_setzero_ps(); NV]; R];
-        let (mut ap, mut bp) = (a.as_ptr(), b.as_ptr());
-        // SAFETY: both pointers stay inside the panels, whose lengths were just checked.
-        unsafe {
-            for _ in 0..kc {
-                let mut line = [_mm512_setzero_ps(); NV];
-                for v in 0..NV {
-                    line[v] = _mm512_loadu_ps(bp.add(16 * v));
-                }
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let ai = _mm512_set1_ps(*ap.add(i));
-                    for v in 0..NV {
-                        acc[v] = _mm512_fmadd_ps(ai, line[v], acc[v]);
-                    }
-                }
-                ap = ap.add(R);
-                bp = bp.add(32);
-            }
-        }
-        let last = u16::MAX >> (16 * NV - columns);
-        for (i, acc) in acc.iter().enumerate() {
-            for (v, value) in acc.iter().enumerate() {
-                let mask = if v + 1 == NV { last } else { u16::MAX };
-                // SAFETY: the caller vouches for the tile at `c`; lanes beyond it are masked out.
-                unsafe {
-                    let at = c.add(i * stride + 16 * v);
-                    let value =
-                        if accumulate { _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), *value) } else { *value };
-                    _mm512_mask_storeu_ps(at, mask, value);
-                }
-            }
-        }
+/// Leaves the copy of A that is asked for.
+unsafe fn copy_a(t: &Tile) {
+    if t.copy.is_null() {
+        return;
     }
-    // SAFETY: chosen only where AVX-512 is active; the caller vouches for C.
-    unsafe {
-        if columns > 16 {
-            by_rows!(rows, tile, [1 2 3 4 5 6 7 8 9 10 11 12], 2, (columns, kc, a, b, c, stride, accumulate))
-        } else {
-            by_rows!(rows, tile, [1 2 3 4 5 6 7 8 9 10 11 12], 1, (columns, kc, a, b, c, stride, accumulate))
+    let (row, term) = t.order.strides();
+    for p in 0..t.terms {
+        for i in 0..t.rows {
+            // SAFETY: the caller vouches for A and the copy.
+            unsafe { *t.copy.add(p * t.rows + i) = *t.a.add(i * row + p * term) };
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-unsafe fn avx2(
-    rows: usize,
-    columns: usize,
-    kc: usize,
-    a: &[f32],
-    b: &[f32],
-    c: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
+unsafe fn avx2(t: &Tile) {
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn tile<const R: usize, const NV: usize>(
-        columns: usize,
-        kc: usize,
-        a: &[f32],
-        b: &[f32],
-        c: *mut f32,
-        stride: usize,
-        accumulate: bool,
-    ) {
-        assert!(a.len() >= kc * R && b.len() >= kc * 16);
-        let mut acc = [[_mm256_setzero_ps(); NV]; R];
-        let (mut ap, mut bp) = (a.as_ptr(), b.as_ptr());
-        // SAFETY: both pointers stay inside the panels, whose lengths were just checked.
+    unsafe fn tile<const R: usize>(t: &Tile) {
+        let (row, term) = t.order.strides();
+        let mut acc = [[_mm256_setzero_ps(); 2]; R];
+        let (mut ap, mut bp) = (t.a, t.b);
+        // SAFETY: the caller vouches for A and B.
         unsafe {
-            for _ in 0..kc {
-                let mut line = [_mm256_setzero_ps(); NV];
-                for v in 0..NV {
-                    line[v] = _mm256_loadu_ps(bp.add(8 * v));
-                }
+            for _ in 0..t.terms {
+                let line = [_mm256_loadu_ps(bp), _mm256_loadu_ps(bp.add(8))];
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    let ai = _mm256_set1_ps(*ap.add(i));
-                    for v in 0..NV {
+                    let ai = _mm256_set1_ps(*ap.add(i * row));
+                    for v in 0..2 {
                         acc[v] = _mm256_fmadd_ps(ai, line[v], acc[v]);
                     }
                 }
-                ap = ap.add(R);
-                bp = bp.add(16);
+                ap = ap.wrapping_add(term);
+                bp = bp.wrapping_add(t.b_stride);
             }
         }
         for (i, acc) in acc.iter().enumerate() {
             let mut line = [0f32; 16];
-            // SAFETY: `line` holds two registers; the caller vouches for the tile at `c`.
+            // SAFETY: `line` holds two registers; the caller vouches for the tile of C.
             unsafe {
-                for v in 0..NV {
+                for v in 0..2 {
                     _mm256_storeu_ps(line.as_mut_ptr().add(8 * v), acc[v]);
                 }
-                store_row(&line, columns, c.add(i * stride), accumulate);
+                store_row(&line, t.columns, t.c.add(i * t.c_stride), t.accumulate);
             }
         }
     }
-    // SAFETY: chosen only where AVX2 and FMA are active; the caller vouches for C.
-    unsafe { by_rows!(rows, tile, [1 2 3 4 5 6], 2, (columns, kc, a, b, c, stride, accumulate)) }
+    // SAFETY: chosen only where AVX2 and FMA are active; the caller vouches for the operands.
+    unsafe {
+        copy_a(t);
+        match t.rows {
+            1 => tile::<1>(t),
+            2 => tile::<2>(t),
+            3 => tile::<3>(t),
+            4 => tile::<4>(t),
+            5 => tile::<5>(t),
+            6 => tile::<6>(t),
+            _ => unreachable!("more rows than the panel holds"),
+        }
+    }
 }
 
 /// For every other processor: arrays small enough for the compiler to keep in vector registers.
-unsafe fn portable(
-    rows: usize,
-    columns: usize,
-    kc: usize,
-    a: &[f32],
-    b: &[f32],
-    c: *mut f32,
-    stride: usize,
-    accumulate: bool,
-) {
+unsafe fn portable(t: &Tile) {
+    let (row, term) = t.order.strides();
     let mut acc = [[0f32; 8]; 4];
-    for p in 0..kc {
-        let b: &[f32] = &b[p * 8..p * 8 + 8];
-        for (acc, &ai) in acc.iter_mut().zip(&a[p * rows..p * rows + rows]) {
-            for j in 0..8 {
-                acc[j] = fma::<PORTABLE_FMA>(ai, b[j], acc[j]);
+    for p in 0..t.terms {
+        // SAFETY: the caller vouches for A, which has `t.rows` rows, at most 4, and for B.
+        unsafe {
+            let b: [f32; 8] = t.b.add(p * t.b_stride).cast::<[f32; 8]>().read();
+            for (i, acc) in acc.iter_mut().enumerate().take(t.rows) {
+                let ai = *t.a.add(i * row + p * term);
+                for j in 0..8 {
+                    acc[j] = fma::<PORTABLE_FMA>(ai, b[j], acc[j]);
+                }
             }
         }
     }
-    for (i, acc) in acc.iter().take(rows).enumerate() {
-        // SAFETY: the caller vouches for the tile at `c`.
-        unsafe { store_row(acc, columns, c.add(i * stride), accumulate) };
+    // SAFETY: the caller vouches for the copy and the tile of C.
+    unsafe {
+        copy_a(t);
+        for (i, acc) in acc.iter().take(t.rows).enumerate() {
+            store_row(acc, t.columns, t.c.add(i * t.c_stride), t.accumulate);
+        }
     }
 }

@@ -10,12 +10,16 @@
 //! for them too, with blocks of [`K_BLOCK_BF16`] terms, sums in f32, and one rounding at the end where the result is
 //! bf16.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod bf16;
 mod block;
+mod few;
 mod micro;
 mod output;
 mod pack;
 mod packed;
+mod task;
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -32,7 +36,7 @@ pub(crate) use packed::packed;
 pub use packed::{PackedMatrix, linear_packed, linear_packed_f32, row_maxima};
 
 pub(crate) use bf16::{Factor, Operand, PackedOperand, Product, Start, Stored, multiply, multiply_here, narrow_row};
-pub(crate) use block::{Gemm, Right, gemm};
+pub(crate) use block::{Gemm, PackedRight, Right, gemm, gemm_here};
 pub(crate) use output::{Output, filled};
 pub(crate) use pack::transpose;
 

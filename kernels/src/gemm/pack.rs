@@ -1,59 +1,6 @@
-//! Copies a block of A or B into the order in which the micro-kernel reads it.
+//! Copies a block of B into the order in which the micro-kernel reads it.
 
 use crate::simd::Isa;
-
-/// Panels of A that are filled side by side where a row of the source holds all of them: as many lines written to at
-/// once as a set of L1 holds, if they lie a multiple of 4 KiB apart.
-const SIDE_BY_SIDE: usize = 8;
-
-/// Packs `rows × kc` of A into panels of `mr` rows, each panel `[kc][rows of the panel]` (the last may be narrower).
-pub(super) fn pack_a(a: &[f32], strides: (usize, usize), rows: usize, kc: usize, mr: usize, packed: &mut [f32]) {
-    if strides.0 == 1 {
-        return copy_panels(a, strides.1, rows, kc, mr, packed);
-    }
-    for row in (0..rows).step_by(mr) {
-        let height = mr.min(rows - row);
-        let panel = &mut packed[row * kc..row * kc + height * kc];
-        let source = &a[row * strides.0..];
-        if strides.1 == 1 {
-            transpose(source, strides.0, height, kc, height, panel);
-        } else {
-            for i in 0..height {
-                for p in 0..kc {
-                    panel[p * height + i] = source[i * strides.0 + p * strides.1];
-                }
-            }
-        }
-    }
-}
-
-/// [`pack_a`] of a matrix whose columns are contiguous, several panels at a time: every line of it is read once.
-fn copy_panels(a: &[f32], stride: usize, rows: usize, kc: usize, mr: usize, packed: &mut [f32]) {
-    let whole = rows / mr * mr;
-    for row in (0..whole).step_by(SIDE_BY_SIDE * mr) {
-        let width = (SIDE_BY_SIDE * mr).min(whole - row);
-        let panels = &mut packed[row * kc..][..width * kc];
-        for p in 0..kc {
-            let source = &a[p * stride + row..][..width];
-            match mr {
-                12 => copy_line::<12>(source, p, kc, panels),
-                _ => source.chunks_exact(mr).zip(panels.chunks_exact_mut(mr * kc)).for_each(|(from, panel)| {
-                    panel[p * mr..][..mr].copy_from_slice(from);
-                }),
-            }
-        }
-    }
-    if whole < rows {
-        copy_lines(&a[whole..], stride, rows - whole, &mut packed[whole * kc..rows * kc]);
-    }
-}
-
-/// Copies one line of `M` elements to line `p` of each panel, without a call for each.
-fn copy_line<const M: usize>(source: &[f32], p: usize, kc: usize, panels: &mut [f32]) {
-    for (from, panel) in source.as_chunks::<M>().0.iter().zip(panels.chunks_exact_mut(M * kc)) {
-        panel.as_chunks_mut::<M>().0[p] = *from;
-    }
-}
 
 /// Packs `kc × columns` of B into panels of `nr` columns, each panel `[kc][nr]`, the last one filled up with zeros.
 pub(super) fn pack_b(b: &[f32], strides: (usize, usize), columns: usize, kc: usize, nr: usize, packed: &mut [f32]) {

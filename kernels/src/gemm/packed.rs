@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 
 use super::bf16::{self, Int8Operand, PackedOperand};
-use super::block::{Right, pack_blocks, unpack_blocks};
+use super::block::{Right, pack_panels, unpack_panels};
 use super::micro::{MicroKernel, micro_kernel};
 use super::{Factor, Operand, Product, Start, Stored, bias_of, dims2, filled, multiply, product, product_full};
 use crate::error::check_dims;
@@ -26,7 +26,7 @@ pub struct PackedMatrix {
 }
 
 enum Panels {
-    /// As [`pack_blocks`] writes it for this kernel.
+    /// As [`pack_panels`] writes it for this kernel.
     F32(Room, MicroKernel),
     Bf16(PackedOperand),
     Int8(Int8Operand),
@@ -55,7 +55,7 @@ impl PackedMatrix {
             _ => {
                 let (w, kernel) = (view(OP, w)?, micro_kernel());
                 let mut panels = Room::default();
-                pack_blocks(&w, (1, k), n, k, &kernel, panels.first(n.next_multiple_of(kernel.columns) * k));
+                pack_panels(&w, (1, k), n, k, &kernel, panels.first(n.next_multiple_of(kernel.columns) * k));
                 Panels::F32(panels, kernel)
             }
         };
@@ -104,7 +104,7 @@ impl PackedMatrix {
         let (n, k) = (self.n, self.k);
         match &self.panels {
             Panels::Bf16(panels) => tensor(panels.unpacked(), (n, k)),
-            Panels::F32(panels, kernel) => tensor(unpack_blocks(panels, n, k, kernel), (n, k)),
+            Panels::F32(panels, kernel) => tensor(unpack_panels(panels, n, k, kernel), (n, k)),
             Panels::Int8(panels) => tensor(panels.dequantised(), (n, k)),
         }
     }

@@ -20,6 +20,7 @@
 //! but not on who holds what. One shard takes the steps of [`head_logprob`], and gives its bits.
 
 mod cpu;
+mod full;
 mod half;
 mod products;
 mod row;

@@ -4,8 +4,8 @@ use ::half::bf16;
 use rayon::prelude::*;
 
 use super::cpu::{Head, RowGrads};
-use super::half;
 use super::row::HeadPartial;
+use super::{full, half};
 use crate::element::Element;
 use crate::gemm::{Factor, Gemm, Operand, Output, Product, Right, Start, gemm, multiply};
 use crate::simd::simd_fn;
@@ -103,6 +103,14 @@ impl HeadElement for f32 {
             c_row_stride: width,
             accumulate: true,
         });
+    }
+
+    fn fused_forward(head: &Head<f32>, h: &[f32], labels: &[u32]) -> Option<Vec<HeadPartial>> {
+        (labels.len() >= full::ENOUGH_ROWS).then(|| full::forward(head, h, labels))
+    }
+
+    fn fused_backward(head: &Head<f32>, h: &[f32], rows: &RowGrads, dw: Option<&mut [f32]>) -> Option<Vec<f32>> {
+        (rows.labels.len() >= full::ENOUGH_ROWS).then(|| full::backward(head, h, rows, dw))
     }
 }
 
