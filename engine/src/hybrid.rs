@@ -157,8 +157,8 @@ impl Engine<Train> {
         loss: impl FnOnce(&LogProbs) -> Result<Tensor>,
     ) -> Result<(f64, LogProbs)> {
         self.mode.grads.set_reduction(self.optimizer.reduction());
-        let trace = self.model.trace(batch, dropout, recompute)?;
-        trace.backward_log_probs(rows, labels, &mut self.mode.grads, loss)?.ok_or_else(Error::not_last_stage)
+        let trace = self.model.trace(batch, rows, dropout, recompute)?;
+        trace.backward_log_probs(labels, &mut self.mode.grads, loss)?.ok_or_else(Error::not_last_stage)
     }
 
     /// Accumulates the gradient of a loss on scores of one micro-batch, on one rank; see
@@ -175,8 +175,8 @@ impl Engine<Train> {
         loss: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<(f64, Tensor)> {
         self.mode.grads.set_reduction(self.optimizer.reduction());
-        let trace = self.model.trace(batch, dropout, recompute)?;
-        trace.backward_scores(rows, &mut self.mode.grads, loss)?.ok_or_else(Error::not_last_stage)
+        let trace = self.model.trace(batch, rows, dropout, recompute)?;
+        trace.backward_scores(&mut self.mode.grads, loss)?.ok_or_else(Error::not_last_stage)
     }
 
     /// Accumulates the gradient of a loss on the log-probabilities of many micro-batches.
@@ -197,7 +197,7 @@ impl Engine<Train> {
         self.metered(|engine| {
             let grads = &mut engine.mode.grads;
             schedule::run(&engine.model, grads, passes, recompute, |pass, trace, micro_batch, grads| {
-                trace.backward_log_probs(&micro_batch.rows, &micro_batch.labels, grads, |out| loss(pass, out))
+                trace.backward_log_probs(&micro_batch.labels, grads, |out| loss(pass, out))
             })
         })
     }
@@ -215,8 +215,8 @@ impl Engine<Train> {
         self.mode.grads.set_reduction(self.optimizer.reduction());
         self.metered(|engine| {
             let grads = &mut engine.mode.grads;
-            schedule::run(&engine.model, grads, passes, recompute, |pass, trace, micro_batch, grads| {
-                trace.backward_scores(&micro_batch.rows, grads, |out| loss(pass, out))
+            schedule::run(&engine.model, grads, passes, recompute, |pass, trace, _, grads| {
+                trace.backward_scores(grads, |out| loss(pass, out))
             })
         })
     }

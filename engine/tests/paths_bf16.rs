@@ -68,9 +68,9 @@ fn batch() -> Scored {
 /// Log-probabilities in training, and the gradient.
 fn trained(model: &Model, (batch, rows, labels): &Scored, recompute: Recompute) -> (Vec<f32>, Vec<UnitBuffer>) {
     let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
-    let trace = model.trace(batch, None, recompute).unwrap();
+    let trace = model.trace(batch, rows, None, recompute).unwrap();
     let loss = |out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
-    let (_, out) = trace.backward_log_probs(rows, labels, &mut grads, loss).unwrap().unwrap();
+    let (_, out) = trace.backward_log_probs(labels, &mut grads, loss).unwrap().unwrap();
     (out.logp.to_vec1().unwrap(), grads.in_place().unwrap().unwrap())
 }
 

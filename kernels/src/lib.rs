@@ -24,6 +24,7 @@ pub mod reference;
 pub mod rng;
 mod room;
 pub mod rope;
+pub mod rows;
 pub mod sample;
 mod simd;
 pub mod slice;

@@ -63,9 +63,9 @@ fn recorded_log_probs_are_those_of_training() {
         assert_eq!(bits(&recorded), bits(&scored), "{family}, {precision:?}: scored");
         for recompute in [Recompute::Off, Recompute::On] {
             let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
-            let trace = model.trace(&batch, None, recompute).unwrap();
+            let trace = model.trace(&batch, &rows, None, recompute).unwrap();
             let loss = |out: &tandem_engine::LogProbs| Ok(out.logp.sum_all()?);
-            let (_, trained) = trace.backward_log_probs(&rows, &labels, &mut grads, loss).unwrap().unwrap();
+            let (_, trained) = trace.backward_log_probs(&labels, &mut grads, loss).unwrap().unwrap();
             let trained = trained.logp.to_vec1::<f32>().unwrap();
             assert_eq!(bits(&recorded), bits(&trained), "{family}, {precision:?}: trained");
         }

@@ -66,9 +66,9 @@ fn gradients_of_every_parameter() {
         let (rows, labels) = predictions(&batch);
         for recompute in [Recompute::Off, Recompute::On] {
             let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
-            let trace = model.trace(&batch, None, recompute).unwrap();
+            let trace = model.trace(&batch, &rows, None, recompute).unwrap();
             let mean = |out: &tandem_engine::LogProbs| Ok(out.logp.mean_all()?.neg()?);
-            let (loss, _) = trace.backward_log_probs(&rows, &labels, &mut grads, mean).unwrap().unwrap();
+            let (loss, _) = trace.backward_log_probs(&labels, &mut grads, mean).unwrap().unwrap();
             assert_close(name, &[loss as f32], &vectors.floats("loss/mean"));
             assert_gradients(name, &model, &grads.in_place().unwrap().unwrap(), &vectors);
         }
@@ -115,8 +115,8 @@ fn scores_and_gradients_of_a_reward_model() {
         Ok((margin.neg()?.exp()? + 1.0)?.log()?.mean_all()?)
     };
     let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
-    let trace = model.trace(&batch, None, Recompute::Off).unwrap();
-    let (loss, _) = trace.backward_scores(&last, &mut grads, pairwise).unwrap().unwrap();
+    let trace = model.trace(&batch, &last, None, Recompute::Off).unwrap();
+    let (loss, _) = trace.backward_scores(&mut grads, pairwise).unwrap().unwrap();
     assert_close(name, &[loss as f32], &vectors.floats("loss/mean"));
     assert_gradients(name, &model, &grads.in_place().unwrap().unwrap(), &vectors);
 }

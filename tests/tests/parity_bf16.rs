@@ -119,9 +119,9 @@ fn gradients_of_every_parameter() {
         let (rows, labels) = predictions(&batch);
         for recompute in [Recompute::Off, Recompute::On] {
             let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
-            let trace = model.trace(&batch, None, recompute).unwrap();
+            let trace = model.trace(&batch, &rows, None, recompute).unwrap();
             let mean = |out: &LogProbs| Ok(out.logp.mean_all()?.neg()?);
-            trace.backward_log_probs(&rows, &labels, &mut grads, mean).unwrap().unwrap();
+            trace.backward_log_probs(&labels, &mut grads, mean).unwrap().unwrap();
             assert_gradients(name, &model, &grads.in_place().unwrap().unwrap(), &vectors);
         }
     }
@@ -144,7 +144,8 @@ fn scores_and_gradients_of_a_reward_model() {
         Ok((margin.neg()?.exp()? + 1.0)?.log()?.mean_all()?)
     };
     let mut grads = Gradients::new(&Placement::solo(), &model.layouts()).unwrap();
-    let trace = model.trace(&batch, None, Recompute::Off).unwrap();
-    trace.backward_scores(&last_rows(&batch), &mut grads, pairwise).unwrap().unwrap();
+    let last = last_rows(&batch);
+    let trace = model.trace(&batch, &last, None, Recompute::Off).unwrap();
+    trace.backward_scores(&mut grads, pairwise).unwrap().unwrap();
     assert_gradients(name, &model, &grads.in_place().unwrap().unwrap(), &vectors);
 }

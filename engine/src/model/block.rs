@@ -21,7 +21,7 @@ use super::linear::{
     rounded, weight_backward,
 };
 use super::lora::{Adapted, Low};
-use super::pass::Pass;
+use super::pass::{Onward, Pass};
 use super::pieces;
 use super::spec::ModelSpec;
 use super::unit::{
@@ -140,10 +140,10 @@ impl Block<'_> {
         keep: Keep,
         attend: impl Fn(usize, &Tensor) -> Result<(Tensor, S)>,
     ) -> Result<(Tensor, BlockSaved<S>)> {
-        let stream = Stream::Whole(x.clone());
+        let (stream, onward) = (Stream::Whole(x.clone()), self.onward(pass));
         let (stream, attention, (attended, attention_low)) =
-            self.branch(stream, (NORM1, NORM1_BIAS), keep, |input| {
-                let (mut saved, mut outputs) = (Vec::new(), Vec::new());
+            self.branch(stream, (NORM1, NORM1_BIAS), keep, onward, |input| {
+                let (mut saved, mut outputs, mut inputs) = (Vec::new(), Vec::new(), Vec::new());
                 let first = self.adapted.read(QKV, input, pass)?;
                 for (place, piece) in self.pieces() {
                     let qkv = linear(self.weights, piece, QKV_MAP, input)?;
@@ -153,16 +153,20 @@ impl Block<'_> {
                         rope_qkv(&qkv, heads, kv_heads, table, pass.positions, false)?;
                     }
                     let (attended, softmax) = attend(place, &qkv)?;
-                    outputs.push(linear_f32(self.weights, piece, self.inward(OUTPUT_MAP), &attended)?);
+                    let input = taken(onward, &attended)?;
+                    outputs.push(linear_f32(self.weights, piece, self.inward(OUTPUT_MAP), &input)?);
                     saved.push((Attended { qkv, attended }, softmax));
+                    inputs.push((piece, input));
                 }
+                let pass = past(onward, pass);
                 let out = self.join(outputs, pass, OUTPUT_MAP)?;
-                let inputs: Vec<_> = self.numbers().zip(saved.iter().map(|(saved, _)| &saved.attended)).collect();
+                let inputs: Vec<_> = inputs.iter().map(|(piece, input)| (*piece, input)).collect();
                 let second = self.adapted.gather(OUTPUT, &inputs, pass)?;
                 self.adapted.spread(OUTPUT, &second, &out)?;
                 Ok((self.dropout(&out, pass, Site::Attention)?, (saved, BranchLow { first, second })))
             })?;
-        let (stream, mlp, (activated, mlp_low)) = self.branch(stream, (NORM2, NORM2_BIAS), keep, |input| {
+        let pass = past(onward, pass);
+        let (stream, mlp, (activated, mlp_low)) = self.branch(stream, (NORM2, NORM2_BIAS), keep, None, |input| {
             let (mut saved, mut outputs, mut inputs) = (Vec::new(), Vec::new(), Vec::new());
             let first = self.adapted.read(UP, input, pass)?;
             for piece in self.numbers() {
@@ -180,6 +184,11 @@ impl Block<'_> {
             Ok((self.dropout(&out, pass, Site::Mlp)?, (saved, BranchLow { first, second })))
         })?;
         Ok((stream.whole()?, BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low }))
+    }
+
+    /// The rows that go on past this block's attention, if not all do.
+    fn onward<'a>(&self, pass: &'a Pass<'a>) -> Option<&'a Onward<'a>> {
+        pass.onward.as_deref().filter(|_| self.index + 1 == self.spec.layers)
     }
 
     /// What the MLP makes of the output of its first map.
@@ -221,7 +230,8 @@ impl Block<'_> {
         }
     }
 
-    /// A residual branch around `compute`, with its norm before or after as the spec says.
+    /// A residual branch around `compute`, with its norm before or after as the spec says. The output of `compute` has the rows
+    /// of `onward`, if these are not all.
     ///
     /// `compute` also returns what its own backward needs.
     fn branch<S>(
@@ -229,6 +239,7 @@ impl Block<'_> {
         stream: Stream,
         (weight, bias): (&str, &str),
         keep: Keep,
+        onward: Option<&Onward<'_>>,
         compute: impl FnOnce(&Tensor) -> Result<(Tensor, S)>,
     ) -> Result<(Stream, BranchSaved, S)> {
         let add_norm = |x: &Tensor, out: &Tensor| add_norm(self.spec, self.weights, weight, bias, x, out);
@@ -236,7 +247,7 @@ impl Block<'_> {
             let x = stream.whole()?;
             let input = rounded(self.weights, &x)?;
             let (out, inner) = compute(&input)?;
-            let (norm_input, y, stats) = add_norm(&x, &out)?;
+            let (norm_input, y, stats) = add_norm(&taken(onward, &x)?, &out)?;
             Ok((Stream::Whole(y), BranchSaved { norm_input, stats, input: Some(input) }, inner))
         } else {
             let (x, input, stats) = match stream {
@@ -248,7 +259,7 @@ impl Block<'_> {
             };
             let (out, inner) = compute(&input)?;
             let input = (keep == Keep::All).then_some(input);
-            Ok((Stream::Sum(x.clone(), out), BranchSaved { norm_input: x, stats, input }, inner))
+            Ok((Stream::Sum(taken(onward, &x)?, out), BranchSaved { norm_input: x, stats, input }, inner))
         }
     }
 
@@ -264,7 +275,9 @@ impl Block<'_> {
         let (spec, adapted) = (self.spec, &self.adapted);
         let grads = adapted.adapters.is_none().then_some(trained);
         let BlockSaved { attention, attended, attention_low, mlp, activated, mlp_low } = saved;
-        let dh = self.branch_backward(&mlp, dy, grads, (NORM2, NORM2_BIAS), |dy, input| {
+        let onward = self.onward(pass);
+        let (whole, pass) = (pass, past(onward, pass));
+        let dh = self.branch_backward(&mlp, dy, grads, (NORM2, NORM2_BIAS), None, |dy, input| {
             let dy = self.dropout(dy, pass, Site::Mlp)?;
             self.join_backward(&dy, grads, DOWN_MAP)?;
             let dy = rounded(self.weights, &dy)?;
@@ -293,7 +306,7 @@ impl Block<'_> {
             Ok(dx)
         })?;
         drop((mlp, activated));
-        self.branch_backward(&attention, &dh, grads, (NORM1, NORM1_BIAS), |dy, input| {
+        self.branch_backward(&attention, &dh, grads, (NORM1, NORM1_BIAS), onward, |dy, input| {
             let dy = self.dropout(dy, pass, Site::Attention)?;
             self.join_backward(&dy, grads, OUTPUT_MAP)?;
             let dy = rounded(self.weights, &dy)?;
@@ -301,18 +314,20 @@ impl Block<'_> {
             let (mut inputs, mut rising) = (Vec::new(), Vec::new());
             for ((place, piece), (Attended { qkv, attended }, softmax)) in self.pieces().zip(&attended) {
                 let map = self.inward(OUTPUT_MAP);
-                let d_attended = linear_backward(self.weights, grads, piece, map, attended, &dy)?;
-                adapted.gather_backward(OUTPUT, piece, &low, attended, &d_attended, pass, trained)?;
-                let spec = &pass.attention[place];
-                let dqkv = attention_backward(&d_attended, qkv, attended, softmax, pass.cu_seqlens, spec)?;
-                if let Some(table) = pass.rope {
-                    rope_qkv(&dqkv, spec.heads, spec.kv_heads, table, pass.positions, true)?;
+                let output_input = taken(onward, attended)?;
+                let d_attended = linear_backward(self.weights, grads, piece, map, &output_input, &dy)?;
+                adapted.gather_backward(OUTPUT, piece, &low, &output_input, &d_attended, pass, trained)?;
+                let d_attended = spread(onward, &d_attended)?;
+                let spec = &whole.attention[place];
+                let dqkv = attention_backward(&d_attended, qkv, attended, softmax, whole.cu_seqlens, spec)?;
+                if let Some(table) = whole.rope {
+                    rope_qkv(&dqkv, spec.heads, spec.kv_heads, table, whole.positions, true)?;
                 }
                 inputs.push(linear_backward_f32(self.weights, grads, piece, QKV_MAP, input, &dqkv)?);
                 adapted.write_backward(QKV, piece, &attention_low.first, &dqkv, trained, &mut rising)?;
             }
             let dx = pieces::sum(inputs, pass.tensor, "gradient of the attention's input")?;
-            adapted.read_backward(QKV, rising, input, &dx, pass, trained)?;
+            adapted.read_backward(QKV, rising, input, &dx, whole, trained)?;
             Ok(dx)
         })
     }
@@ -325,6 +340,7 @@ impl Block<'_> {
         dy: &Tensor,
         grads: Option<&UnitBuffer>,
         (weight, bias): (&str, &str),
+        onward: Option<&Onward<'_>>,
         compute: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let input = match &saved.input {
@@ -337,10 +353,10 @@ impl Block<'_> {
         if self.spec.post_norm {
             let d_sum = through_norm(dy, None)?;
             let dx = compute(&d_sum, &input)?;
-            add_in_place(&dx, &d_sum)?;
+            add_in_place(&dx, &spread(onward, &d_sum)?)?;
             Ok(dx)
         } else {
-            through_norm(&compute(dy, &input)?, Some(dy))
+            through_norm(&compute(dy, &input)?, Some(&spread(onward, dy)?))
         }
     }
 
@@ -354,4 +370,19 @@ impl Block<'_> {
             }
         }
     }
+}
+
+/// The rows of `x` that go on.
+fn taken(onward: Option<&Onward<'_>>, x: &Tensor) -> Result<Tensor> {
+    onward.map_or_else(|| Ok(x.clone()), |onward| onward.take(x))
+}
+
+/// The backward of [`taken`].
+fn spread(onward: Option<&Onward<'_>>, dx: &Tensor) -> Result<Tensor> {
+    onward.map_or_else(|| Ok(dx.clone()), |onward| onward.spread(dx))
+}
+
+/// What is told to the part of a block that computes only the rows that go on.
+fn past<'a>(onward: Option<&'a Onward<'a>>, pass: &'a Pass<'a>) -> &'a Pass<'a> {
+    onward.map_or(pass, |onward| &onward.pass)
 }

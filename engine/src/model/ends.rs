@@ -37,7 +37,8 @@ pub(super) struct EmbedSaved {
 pub(super) struct HeadRows {
     /// Rows as they enter the head, `[N, e]`.
     pub(super) h: Tensor,
-    rows: Vec<u32>,
+    /// Which rows they were; `None`: all.
+    rows: Option<Vec<u32>>,
     /// Input and statistics of the final norm.
     norm: Option<(Tensor, NormStats)>,
     /// Input of the projection out, where there is one.
@@ -131,9 +132,9 @@ impl Ends<'_> {
         }
     }
 
-    /// The rows `rows` of `x [T, d]`, normed and projected as the head wants them: `[N, e]`.
-    pub(super) fn head_rows(&self, x: &Tensor, rows: &[u32]) -> Result<HeadRows> {
-        let selected = embedding(x, rows)?;
+    /// The rows `rows` of `x [T, d]`, or all of them, normed and projected as the head wants them: `[N, e]`.
+    pub(super) fn head_rows(&self, x: &Tensor, rows: Option<&[u32]>) -> Result<HeadRows> {
+        let selected = rows.map_or_else(|| Ok(x.clone()), |rows| embedding(x, rows))?;
         let (h, norm) = if self.spec.final_norm() {
             let (h, stats) = norm(self.spec, self.weights, FINAL_NORM, FINAL_NORM_BIAS, &selected)?;
             (h, Some((selected, stats)))
@@ -144,10 +145,11 @@ impl Ends<'_> {
             Some(project) => (gemm::linear(&h, &project, None)?, Some(h)),
             None => (h, None),
         };
-        Ok(HeadRows { h, rows: rows.to_vec(), norm, projected })
+        Ok(HeadRows { h, rows: rows.map(<[u32]>::to_vec), norm, projected })
     }
 
-    /// Backward of [`Ends::head_rows`], adding to `grads` if they are trained: the gradient of `x [T, d]`, zero in rows that were not selected.
+    /// Backward of [`Ends::head_rows`], adding to `grads` if they are trained: the gradient of `x`, which has `tokens` rows if some
+    /// were selected, and is zero in the others.
     pub(super) fn head_rows_backward(
         &self,
         saved: &HeadRows,
@@ -171,8 +173,9 @@ impl Ends<'_> {
             }
             None => dh,
         };
+        let Some(rows) = &saved.rows else { return Ok(d_selected) };
         let dx = Tensor::zeros((tokens, self.spec.hidden), candle_core::DType::F32, d_selected.device())?;
-        embedding_backward(&d_selected, &saved.rows, &dx)?;
+        embedding_backward(&d_selected, rows, &dx)?;
         Ok(dx)
     }
 

@@ -3,18 +3,18 @@
 use candle_core::Tensor;
 use tandem_kernels::attention::{KvCacheLayer, append_decode_attention, attention};
 
-use super::ends::check_targets;
+use super::ends::{Ends, check_targets};
 use super::{LogProbs, Model};
 use crate::batch::Packed;
 use crate::parallel::pipeline;
 use crate::{Error, Result};
 
 impl Model {
-    /// Hidden rows `[T, d]` after the last block, keeping nothing and dropping nothing; `None` on a rank that is not the last
-    /// stage of its pipeline, which has passed its rows on.
-    fn hidden(&self, batch: &Packed) -> Result<Option<Tensor>> {
+    /// Hidden rows after the last block, all or only `rows`, keeping nothing and dropping nothing; `None` on a rank that is not
+    /// the last stage of its pipeline, which has passed its rows on.
+    fn hidden(&self, batch: &Packed, rows: &[u32]) -> Result<Option<Tensor>> {
         batch.check(self.spec.max_positions)?;
-        let pass = self.pass(&batch.cu_seqlens, &batch.positions, None);
+        let pass = self.pass_to(batch, rows, None);
         let mut x = if self.parallel.is_first_stage() {
             let ends = self.unit(0, self.blocks.clone().map(|block| block + 1))?;
             self.ends(&ends).embed(&batch.ids, &pass)?.0
@@ -42,12 +42,11 @@ impl Model {
     /// If the batch does not fit the model or a row or label does not exist.
     pub fn log_probs(&self, batch: &Packed, rows: &[u32], labels: &[u32]) -> Result<LogProbs> {
         check_targets(batch.tokens(), rows, Some(labels))?;
-        let out = match self.hidden(batch)? {
+        let out = match self.hidden(batch, rows)? {
             None => None,
             Some(x) => {
                 let ends = self.unit(0, None)?;
-                let selected = self.ends(&ends).head_rows(&x, rows)?;
-                let out = self.ends(&ends).log_probs(&selected.h, labels)?;
+                let out = self.ends(&ends).log_probs(&read(&self.ends(&ends), &x, batch, rows)?, labels)?;
                 Some([out.logp, out.entropy])
             }
         };
@@ -61,12 +60,11 @@ impl Model {
     /// If the batch does not fit the model, a row does not exist or the head is not scalar.
     pub fn scores(&self, batch: &Packed, rows: &[u32]) -> Result<Tensor> {
         check_targets(batch.tokens(), rows, None)?;
-        let out = match self.hidden(batch)? {
+        let out = match self.hidden(batch, rows)? {
             None => None,
             Some(x) => {
                 let ends = self.unit(0, None)?;
-                let selected = self.ends(&ends).head_rows(&x, rows)?;
-                Some([self.ends(&ends).scores(&selected.h)?])
+                Some([self.ends(&ends).scores(&read(&self.ends(&ends), &x, batch, rows)?)?])
             }
         };
         let [scores] = pipeline::from_last_stage(&self.parallel, out, rows.len())?;
@@ -96,10 +94,10 @@ impl Model {
     /// If the batch does not fit the model, or it is cut for a pipeline.
     pub fn logits(&self, batch: &Packed) -> Result<Tensor> {
         let whole = || Error::Mesh("logits of all rows are computed on the last stage of a pipeline only".into());
-        let x = self.hidden(batch)?.ok_or_else(whole)?;
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
+        let x = self.hidden(batch, &rows)?.ok_or_else(whole)?;
         let ends = self.unit(0, None)?;
-        self.ends(&ends).all_logits(&self.ends(&ends).head_rows(&x, &rows)?.h)
+        self.ends(&ends).all_logits(&read(&self.ends(&ends), &x, batch, &rows)?)
     }
 
     /// Reads prompts into the cache, sequence `b` into slot `slots[b]`; returns the last row of each as it enters the
@@ -111,7 +109,8 @@ impl Model {
             .enumerate()
             .flat_map(|(sequence, &slot)| (0..batch.rows(sequence).len()).map(move |position| (slot, position)))
             .collect();
-        let pass = self.pass(&batch.cu_seqlens, &batch.positions, None);
+        let last: Vec<u32> = batch.cu_seqlens[1..].iter().map(|end| end - 1).collect();
+        let pass = self.pass_to(batch, &last, None);
         let ends = self.unit(0, None)?;
         let (mut x, _) = self.ends(&ends).embed(&batch.ids, &pass)?;
         for (index, layer) in cache.iter().enumerate() {
@@ -121,8 +120,7 @@ impl Model {
                 Ok(attention(qkv, pass.cu_seqlens, &pass.attention[place])?.0)
             })?;
         }
-        let last: Vec<u32> = batch.cu_seqlens[1..].iter().map(|end| end - 1).collect();
-        Ok(self.ends(&ends).head_rows(&x, &last)?.h)
+        read(&self.ends(&ends), &x, batch, &last)
     }
 
     /// One token per active slot: token `ids[r]` at position `places[r].1` of slot `places[r].0`; returns the rows as
@@ -139,8 +137,7 @@ impl Model {
                 Ok(append_decode_attention(qkv, &layer[place], &visible, &pass.attention[place])?)
             })?;
         }
-        let all: Vec<u32> = (0..ids.len() as u32).collect();
-        Ok(self.ends(&ends).head_rows(&x, &all)?.h)
+        Ok(self.ends(&ends).head_rows(&x, None)?.h)
     }
 
     /// Logits of rows that [`Model::prefill`] or [`Model::decode`] returned, of the entries of each piece held here, and the
@@ -149,4 +146,10 @@ impl Model {
         let ends = self.unit(0, None)?;
         self.ends(&ends).logits(h)
     }
+}
+
+/// The rows `rows` of the batch as they enter the head, `[N, e]`, out of `x`, which has them alone or all.
+fn read(ends: &Ends<'_>, x: &Tensor, batch: &Packed, rows: &[u32]) -> Result<Tensor> {
+    let has_others = x.dims()[0] == batch.tokens();
+    Ok(ends.head_rows(x, has_others.then_some(rows))?.h)
 }

@@ -332,7 +332,12 @@ impl Model {
 
     fn pass<'a>(&'a self, cu_seqlens: &'a [u32], positions: &'a [u32], dropout: Option<PassDropout>) -> Pass<'a> {
         let (attention, tensor) = (&*self.attention, &*self.tensor);
-        Pass { attention, tensor, rope: self.rope.as_ref(), cu_seqlens, positions, dropout }
+        Pass { attention, tensor, rope: self.rope.as_ref(), cu_seqlens, positions, dropout, onward: None }
+    }
+
+    /// The pass over `batch` to a head that reads `rows`.
+    fn pass_to<'a>(&'a self, batch: &'a Packed, rows: &'a [u32], dropout: Option<PassDropout>) -> Pass<'a> {
+        self.pass(&batch.cu_seqlens, &batch.positions, dropout).read_at(rows, batch.tokens())
     }
 
     /// The units that a forward goes through after the block `index`, in order.

@@ -24,11 +24,13 @@ pub enum Recompute {
 pub struct Trace<'a> {
     model: &'a Model,
     batch: &'a Packed,
+    /// The rows that the head reads.
+    rows: &'a [u32],
     dropout: Option<Dropout>,
     /// On the first stage of a pipeline.
     embed: Option<EmbedSaved>,
     kept: Vec<Kept>,
-    /// Hidden rows after the last block, `[T, d]`, on the last stage.
+    /// Hidden rows after the last block, on the last stage: `[T, d]`, or `[N, d]` if only those that the head reads went so far.
     x: Option<Tensor>,
     /// What the head has added to the gradient of the ends, where the first stage of the pipeline goes on adding to it.
     head_gradient: Option<Tensor>,
@@ -41,14 +43,21 @@ enum Kept {
 }
 
 impl Model {
-    /// Runs the forward over `batch` and keeps what the backward needs. In a pipeline, rows come from the stage before and go
-    /// to the next one.
+    /// Runs the forward over `batch`, of which the head is to read `rows`, and keeps what the backward needs. In a pipeline, rows
+    /// come from the stage before and go to the next one.
     ///
     /// # Errors
-    /// If the batch does not fit the model.
-    pub fn trace<'a>(&'a self, batch: &'a Packed, dropout: Option<Dropout>, recompute: Recompute) -> Result<Trace<'a>> {
+    /// If the batch does not fit the model or a row does not exist.
+    pub fn trace<'a>(
+        &'a self,
+        batch: &'a Packed,
+        rows: &'a [u32],
+        dropout: Option<Dropout>,
+        recompute: Recompute,
+    ) -> Result<Trace<'a>> {
         batch.check(self.spec.max_positions)?;
-        let pass = self.pass(&batch.cu_seqlens, &batch.positions, self.dropout_of(dropout, batch));
+        check_targets(batch.tokens(), rows, None)?;
+        let pass = self.pass_to(batch, rows, self.dropout_of(dropout, batch));
         let (mut x, embed) = if self.parallel.is_first_stage() {
             let ends = self.unit(0, self.blocks.clone().map(|block| block + 1))?;
             let (x, embed) = self.ends(&ends).embed(&batch.ids, &pass)?;
@@ -67,11 +76,13 @@ impl Model {
             });
             x = y;
         }
-        if self.parallel.is_last_stage() {
-            return Ok(Trace { model: self, batch, dropout, embed, kept, x: Some(x), head_gradient: None });
-        }
-        pipeline::send_rows(&self.parallel, &x, pipeline::Direction::Forward)?;
-        Ok(Trace { model: self, batch, dropout, embed, kept, x: None, head_gradient: None })
+        let x = if self.parallel.is_last_stage() {
+            Some(x)
+        } else {
+            pipeline::send_rows(&self.parallel, &x, pipeline::Direction::Forward)?;
+            None
+        };
+        Ok(Trace { model: self, batch, rows, dropout, embed, kept, x, head_gradient: None })
     }
 
     /// A forward in which this rank has no rows: it only helps to bring sliced weights together.
@@ -128,29 +139,28 @@ impl Model {
 }
 
 impl Trace<'_> {
-    /// Adds to `grads` the gradient of `loss`, a function of the log-probabilities of `labels` at `rows` of the batch.
+    /// Adds to `grads` the gradient of `loss`, a function of the log-probabilities of `labels` at the rows of the trace.
     ///
     /// `loss` gets `[N]` tensors and returns a scalar: a *sum* over the rows, which the optimizer step divides by the global
     /// count. Returns its value and the log-probabilities; `None` on a rank that is not the last stage of its pipeline, where
     /// `loss` is not called.
     ///
     /// # Errors
-    /// If a row or label does not exist, or `loss` fails.
+    /// If a label does not exist or there are not as many as rows, or `loss` fails.
     pub fn backward_log_probs(
         mut self,
-        rows: &[u32],
         labels: &[u32],
         grads: &mut Gradients,
         loss: impl FnOnce(&LogProbs) -> Result<Tensor>,
     ) -> Result<Option<(f64, LogProbs)>> {
-        check_targets(self.batch.tokens(), rows, Some(labels))?;
+        check_targets(self.batch.tokens(), self.rows, Some(labels))?;
         let Some(x) = self.x.take() else {
             self.backward(None, grads)?;
             return Ok(None);
         };
         let unit = self.model.unit(0, self.model.last_block())?;
         let ends = self.model.ends(&unit);
-        let selected = ends.head_rows(&x, rows)?;
+        let selected = ends.head_rows(&x, self.head_rows(&x))?;
         let out = ends.log_probs(&selected.h, labels)?;
         let (logp, entropy) = (Var::from_tensor(&out.logp)?, Var::from_tensor(&out.entropy)?);
         let value = loss(&LogProbs { logp: logp.as_tensor().clone(), entropy: entropy.as_tensor().clone() })?;
@@ -174,26 +184,24 @@ impl Trace<'_> {
         Ok(Some((value, LogProbs { logp: out.logp, entropy: out.entropy })))
     }
 
-    /// Adds to `grads` the gradient of `loss`, a function of the scores at `rows` of the batch.
+    /// Adds to `grads` the gradient of `loss`, a function of the scores at the rows of the trace.
     ///
     /// As [`Trace::backward_log_probs`], for models with a scalar head. Returns the loss and the scores `[N]`.
     ///
     /// # Errors
-    /// If a row does not exist or `loss` fails.
+    /// If `loss` fails.
     pub fn backward_scores(
         mut self,
-        rows: &[u32],
         grads: &mut Gradients,
         loss: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Option<(f64, Tensor)>> {
-        check_targets(self.batch.tokens(), rows, None)?;
         let Some(x) = self.x.take() else {
             self.backward(None, grads)?;
             return Ok(None);
         };
         let unit = self.model.unit(0, self.model.last_block())?;
         let ends = self.model.ends(&unit);
-        let selected = ends.head_rows(&x, rows)?;
+        let selected = ends.head_rows(&x, self.head_rows(&x))?;
         let scores = ends.scores(&selected.h)?;
         let leaf = Var::from_tensor(&scores)?;
         let value = loss(leaf.as_tensor())?;
@@ -210,10 +218,15 @@ impl Trace<'_> {
         Ok(Some((value, scores)))
     }
 
-    /// Backward through blocks and embedding from the gradient `dx [T, d]` of the last hidden rows, or, on earlier stages of a
-    /// pipeline, from what the next stage sends.
+    /// The rows of `x` that the head reads; `None` if no others have come so far.
+    fn head_rows(&self, x: &Tensor) -> Option<&[u32]> {
+        (x.dims()[0] == self.batch.tokens()).then_some(self.rows)
+    }
+
+    /// Backward through blocks and embedding from the gradient `dx` of the last hidden rows, or, on earlier stages of a pipeline,
+    /// from what the next stage sends.
     fn backward(self, dx: Option<Tensor>, grads: &mut Gradients) -> Result<()> {
-        let Trace { model, batch, dropout, embed, mut kept, x: _, head_gradient } = self;
+        let Trace { model, batch, rows, dropout, embed, mut kept, x: _, head_gradient } = self;
         let parallel = &model.parallel;
         let way = pipeline::Direction::Backward;
         if parallel.is_last_stage() && !parallel.is_first_stage() {
@@ -223,7 +236,7 @@ impl Trace<'_> {
             Some(dx) => dx,
             None => pipeline::receive_rows(parallel, batch.tokens(), model.spec.hidden, way)?,
         };
-        let pass = model.pass(&batch.cu_seqlens, &batch.positions, model.dropout_of(dropout, batch));
+        let pass = model.pass_to(batch, rows, model.dropout_of(dropout, batch));
         let mut index = model.blocks.end;
         while let Some(last) = kept.pop() {
             index -= 1;

@@ -32,7 +32,9 @@ pub(crate) fn run<T>(
     };
     for (pass, micro_batch) in passes.iter().enumerate() {
         let trace = match micro_batch {
-            Some(micro_batch) => Some(model.trace(&micro_batch.batch, micro_batch.dropout, recompute)?),
+            Some(micro_batch) => {
+                Some(model.trace(&micro_batch.batch, &micro_batch.rows, micro_batch.dropout, recompute)?)
+            }
             None => {
                 model.join_forward()?;
                 None

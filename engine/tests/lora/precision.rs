@@ -44,9 +44,9 @@ fn logp_bits(out: &LogProbs) -> Vec<u32> {
 fn gradients(model: &Model, recompute: Recompute) -> (Vec<UnitBuffer>, LogProbs) {
     let (batch, rows, labels) = batch(model.spec().vocab_size, &[9, 2, 30, 17]);
     let mut grads = Gradients::new(&Placement::solo(), &model.trained_layouts()).unwrap();
-    let trace = model.trace(&batch, None, recompute).unwrap();
+    let trace = model.trace(&batch, &rows, None, recompute).unwrap();
     let loss = |out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
-    let (_, out) = trace.backward_log_probs(&rows, &labels, &mut grads, loss).unwrap().unwrap();
+    let (_, out) = trace.backward_log_probs(&labels, &mut grads, loss).unwrap().unwrap();
     (grads.in_place().unwrap().unwrap(), out)
 }
 

@@ -51,9 +51,9 @@ fn old_log_probs_with_dropout_are_noticed() {
         let batch = ResponseBatch::new([lesson.sequence()]);
         let dropout = Some(Dropout { probability: 0.1, seed: 1, step: 1 });
         let mut grads = Gradients::new(&Placement::solo(), &toy.actor.model().layouts()).unwrap();
-        let trace = toy.actor.model().trace(&batch.batch, dropout, Recompute::Off).unwrap();
+        let trace = toy.actor.model().trace(&batch.batch, &batch.rows, dropout, Recompute::Off).unwrap();
         let zero = |new: &tandem_engine::LogProbs| Ok((new.logp.sum_all()? * 0.0)?);
-        flat(&trace.backward_log_probs(&batch.rows, &batch.labels, &mut grads, zero).unwrap().unwrap().1.logp)
+        flat(&trace.backward_log_probs(&batch.labels, &mut grads, zero).unwrap().unwrap().1.logp)
     }));
 }
 
