@@ -152,7 +152,9 @@ fn shapes_that_do_not_fit_are_refused_by_name() {
 
 #[test]
 fn a_packed_weight_gives_the_same_bits() {
-    for (t, n, k) in [(37, 65, 300), (500, 96, 576), (16, 1537, 257), (1, 31, 1), (2, 3, 0)] {
+    for (t, n, k) in
+        [(37, 65, 300), (500, 96, 576), (16, 1537, 257), (25, 70, 1300), (32, 33, 64), (1, 31, 1), (2, 3, 0)]
+    {
         let (x, w) = (tensor(&values(t * k, 1), (t, k)), tensor(&values(n * k, 2), (n, k)));
         let bias = Tensor::from_vec(values(n, 3), n, &Device::Cpu).unwrap();
         let packed = PackedMatrix::new(&w).unwrap();

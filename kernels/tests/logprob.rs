@@ -246,15 +246,16 @@ fn more_rows_than_a_tile_do_not_matter() {
 
 #[test]
 fn threads_do_not_matter() {
-    let case = Case::new(70, 48, 3000).with_bias();
-    let on = |threads| {
-        with_threads(threads, || {
-            let out = case.forward();
-            let grads = case.backward(true).map(|grad| grad.into_iter().map(f32::to_bits).collect::<Vec<_>>());
-            (bits(&out.logp), bits(&out.entropy), grads)
-        })
-    };
-    assert_eq!(on(1), on(3));
+    for case in [Case::new(70, 48, 3000).with_bias(), Case::new(900, 20, 1100).at_temperature(0.7)] {
+        let on = |threads| {
+            with_threads(threads, || {
+                let out = case.forward();
+                let grads = case.backward(true).map(|grad| grad.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+                (bits(&out.logp), bits(&out.entropy), grads)
+            })
+        };
+        assert_eq!(on(1), on(3), "{} rows", case.rows);
+    }
 }
 
 #[test]
