@@ -16,6 +16,8 @@ use tandem_kernels::sample::{SamplingParams, sample_row};
 const ROWS: usize = 33;
 const WIDTH: usize = 45;
 const VOCABULARY: usize = 1333;
+/// So many that tasks take the rows of a head by themselves.
+const MANY_ROWS: usize = 300;
 
 /// Everything computed; the f64 results, which no instruction set may change, apart.
 fn run() -> (Vec<Tensor>, [u64; 2]) {
@@ -27,6 +29,14 @@ fn run() -> (Vec<Tensor>, [u64; 2]) {
     let dh =
         head_logprob_backward(&dlogp, Some(&dentropy), &h, &w, Some(&bias), &labels, &head, &dw, Some(&dbias)).unwrap();
 
+    let many = random(&[MANY_ROWS, WIDTH], 10);
+    let many_labels: Vec<u32> = (0..MANY_ROWS as u32).map(|row| row * 4).collect();
+    let many_dlogp = random(&[MANY_ROWS], 11);
+    let many_dw = zeros(&[VOCABULARY, WIDTH]);
+    let many_out = head_logprob(&many, &w, None, &many_labels, 1.0).unwrap();
+    let many_dh =
+        head_logprob_backward(&many_dlogp, None, &many, &w, None, &many_labels, &many_out, &many_dw, None).unwrap();
+
     let params = SamplingParams { temperature: 0.7, top_k: 40, top_p: 0.9, ..SamplingParams::default() };
     let row = flat(&logits(&h.narrow(0, 3, 1).unwrap(), &w, None).unwrap());
     let sampled = sample_row(&row, &[1, 2], &params, 0.4).unwrap();
@@ -36,7 +46,9 @@ fn run() -> (Vec<Tensor>, [u64; 2]) {
     adamw_step(&param, &random(&[1001], 9), &m, &v, 1e-3, 0.1, 5, 0.5, &AdamWConfig::default()).unwrap();
     ema_update(&m, &param, 0.99).unwrap();
     let sums = [sum(&h).unwrap().to_bits(), sum_squares(&h).unwrap().to_bits()];
-    (vec![head.logp, head.entropy, head.lse, dh, dw, dbias, log_probs, param, m, v], sums)
+    let many = [many_out.logp, many_out.entropy, many_dh, many_dw];
+    let few = [head.logp, head.entropy, head.lse, dh, dw, dbias, log_probs, param, m, v];
+    (few.into_iter().chain(many).collect(), sums)
 }
 
 #[test]
