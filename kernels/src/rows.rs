@@ -17,9 +17,7 @@ pub fn take_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     let _timer = time(Class::Rows, 0);
     const OP: &str = "take_rows";
     let &[tokens, width] = x.dims() else { return Err(Error::shape(OP, "x", "[T, d]", x.dims())) };
-    if let Some(&row) = rows.iter().find(|&&row| row as usize >= tokens) {
-        return Err(Error::Index { op: OP, what: "row", index: row as usize, limit: tokens });
-    }
+    check_rows(OP, rows, tokens)?;
     with_element!(OP, x.dtype(), E => {
         let mut y = Output::<E>::new(rows.len() * width);
         take(&view_of::<E>(OP, x)?, width.max(1), rows, &mut y);
@@ -38,9 +36,7 @@ pub fn spread_rows(dy: &Tensor, rows: &[u32], tokens: usize) -> Result<Tensor> {
     const OP: &str = "spread_rows";
     let &[_, width] = dy.dims() else { return Err(Error::shape(OP, "dy", "[N, d]", dy.dims())) };
     check_dims(OP, "dy", &[rows.len(), width], dy.dims())?;
-    if let Some(&row) = rows.iter().find(|&&row| row as usize >= tokens) {
-        return Err(Error::Index { op: OP, what: "row", index: row as usize, limit: tokens });
-    }
+    check_rows(OP, rows, tokens)?;
     if let Some(pair) = rows.windows(2).find(|pair| pair[0] >= pair[1]) {
         let got = format!("{} before {}", pair[0], pair[1]);
         return Err(Error::Shape { op: OP, what: "rows", expected: "strictly ascending".into(), got });
@@ -50,6 +46,13 @@ pub fn spread_rows(dy: &Tensor, rows: &[u32], tokens: usize) -> Result<Tensor> {
         spread(&view_of::<E>(OP, dy)?, width.max(1), rows, &mut dx);
         dx.into_tensor((tokens, width))
     })
+}
+
+fn check_rows(op: &'static str, rows: &[u32], limit: usize) -> Result<()> {
+    match rows.iter().find(|&&row| row as usize >= limit) {
+        Some(&row) => Err(Error::Index { op, what: "row", index: row as usize, limit }),
+        None => Ok(()),
+    }
 }
 
 fn take<E: Element>(x: &[E], width: usize, rows: &[u32], y: &mut Output<E>) {

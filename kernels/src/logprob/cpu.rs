@@ -53,6 +53,14 @@ impl<E: HeadElement> Head<'_, E> {
         &self.w[columns.start * self.width..columns.end * self.width]
     }
 
+    /// Adds the logits of the entries `columns` to what was seen of a row.
+    pub(super) fn see(&self, seen: &mut HeadPartial, logits: &[f32], label: u32, columns: &Range<usize>) {
+        *seen = seen.extend(logits);
+        if let Some(column) = self.column_of(label, columns) {
+            seen.label_logit = logits[column];
+        }
+    }
+
     /// `label`'s place in a tile that holds `columns`, if it is there.
     pub(super) fn column_of(&self, label: u32, columns: &Range<usize>) -> Option<usize> {
         (label as usize).checked_sub(self.first_entry + columns.start).filter(|&column| column < columns.len())
@@ -97,10 +105,7 @@ pub(super) fn forward<E: HeadElement>(head: &Head<E>, h: &[E], labels: &[u32]) -
             head.tile(h, columns.clone(), tile);
             let rows = tile.par_chunks(columns.len()).zip(labels);
             partials.par_iter_mut().zip(rows).for_each(|(seen, (logits, &label))| {
-                *seen = seen.extend(logits);
-                if let Some(column) = head.column_of(label, &columns) {
-                    seen.label_logit = logits[column];
-                }
+                head.see(seen, logits, label, &columns);
             });
         }
     }

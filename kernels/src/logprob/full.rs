@@ -62,10 +62,7 @@ pub(super) fn forward(head: &Head<f32>, h: &[f32], labels: &[u32]) -> Vec<HeadPa
             let logits = &mut room[..labels.len() * STRIDE];
             fill_logits(head, &w, h, &columns, logits);
             for (seen, (logits, &label)) in partials.iter_mut().zip(logits.chunks(STRIDE).zip(labels)) {
-                *seen = seen.extend(&logits[..n]);
-                if let Some(column) = head.column_of(label, &columns) {
-                    seen.label_logit = logits[column];
-                }
+                head.see(seen, &logits[..n], label, &columns);
             }
             LOGITS.set(room);
         });

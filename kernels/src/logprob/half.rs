@@ -60,10 +60,7 @@ pub(super) fn forward(head: &Head<bf16>, h: &[bf16], labels: &[u32]) -> Vec<Head
             with_logits(head, &w, h, &columns, |logits| {
                 let rows = logits.chunks_exact(columns.len()).zip(labels);
                 for (seen, (logits, &label)) in partials.iter_mut().zip(rows) {
-                    *seen = seen.extend(logits);
-                    if let Some(column) = head.column_of(label, &columns) {
-                        seen.label_logit = logits[column];
-                    }
+                    head.see(seen, logits, label, &columns);
                 }
             });
         });
