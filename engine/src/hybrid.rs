@@ -202,6 +202,25 @@ impl Engine<Train> {
         })
     }
 
+    /// As [`Self::accumulate_all_log_probs`], of the negative log-likelihood of the labels, to the bit, in less time; see
+    /// [`crate::model::Trace::backward_nll`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn accumulate_all_nll(
+        &mut self,
+        passes: &[Option<MicroBatch>],
+        recompute: Recompute,
+    ) -> Result<Vec<Option<(f64, LogProbs)>>> {
+        self.mode.grads.set_reduction(self.optimizer.reduction());
+        self.metered(|engine| {
+            let grads = &mut engine.mode.grads;
+            schedule::run(&engine.model, grads, passes, recompute, |_, trace, micro_batch, grads| {
+                trace.backward_nll(&micro_batch.labels, grads)
+            })
+        })
+    }
+
     /// As [`Self::accumulate_all_log_probs`], of a loss on scores.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tandem_kernels::gemm::{linear, linear_input_grad, linear_weight_grad};
-use tandem_kernels::logprob::{head_logprob, head_logprob_backward};
+use tandem_kernels::logprob::{head_logprob, head_logprob_backward, head_logprob_with_backward};
 use tandem_kernels::optimizer::{AdamWConfig, adamw_step};
 use tandem_kernels::sample::{SamplingParams, sample_row};
 
@@ -36,6 +36,9 @@ fn head_of(c: &mut Criterion, dtype: DType) {
         });
         group.bench_function("backward", |b| {
             b.iter(|| head_logprob_backward(&dlogp, None, black_box(&h), &w, None, &labels, &out, &dw, None).unwrap());
+        });
+        group.bench_function("both at once", |b| {
+            b.iter(|| head_logprob_with_backward(&dlogp, black_box(&h), &w, &labels, 1.0, &dw).unwrap());
         });
         group.bench_function("products of both passes", |b| {
             b.iter(|| {

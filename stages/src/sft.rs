@@ -11,7 +11,7 @@ use serde_json::json;
 use tandem_data::{Encoded, Tokenizer};
 use tandem_engine::model::families;
 use tandem_engine::model::unit::Head;
-use tandem_engine::{Engine, LogProbs, MicroBatch, Model, Packed, Train};
+use tandem_engine::{Engine, MicroBatch, Model, Packed, Train};
 
 use crate::adapters;
 use crate::cli::{Launch, Outcome};
@@ -180,8 +180,7 @@ impl Objective for Responses<'_> {
             MicroBatch { batch, rows, labels, dropout: pass.dropout }
         };
         let passes: Vec<_> = passes.iter().map(|rows| rows.as_ref().map(micro_batch)).collect();
-        let loss = |_, out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
-        let results = engine.accumulate_all_log_probs(&passes, pass.recompute, loss)?;
+        let results = engine.accumulate_all_nll(&passes, pass.recompute)?;
         Ok(results.into_iter().map(|result| result.map(|(sum, _)| sum)).collect())
     }
 

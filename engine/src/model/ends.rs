@@ -226,6 +226,23 @@ impl Ends<'_> {
         pieces::sum(inputs, self.tensor, "gradient of the head's input")
     }
 
+    /// [`Ends::log_probs`] and its backward for a loss with the gradient `dlogp`, whatever its value: the gradient of `h` too.
+    pub(super) fn log_probs_with_backward(
+        &self,
+        h: &Tensor,
+        labels: &[u32],
+        dlogp: &Tensor,
+        grads: Option<&UnitBuffer>,
+    ) -> Result<(HeadOut, Tensor)> {
+        if let (1, Some(grads)) = (self.weights.layout().cut.pieces, grads) {
+            let (w, dw) = (self.weights.get(self.head_name())?, grads.get(self.head_name())?);
+            return Ok(logprob::head_logprob_with_backward(dlogp, h, &w, labels, 1.0, &dw)?);
+        }
+        let out = self.log_probs(h, labels)?;
+        let dh = self.log_probs_backward(h, labels, &out, dlogp, None, grads)?;
+        Ok((out, dh))
+    }
+
     /// Logits of few rows, `[N, V]` of the entries of each piece held here, and the first entry of each.
     pub(super) fn logits(&self, h: &Tensor) -> Result<Vec<(usize, Tensor)>> {
         let of_piece = |(piece, first)| {

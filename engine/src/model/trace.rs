@@ -1,11 +1,12 @@
 //! A forward that can be differentiated: what it keeps, and the backward through it.
 
 use candle_core::{Tensor, Var};
+use tandem_kernels::logprob::HeadOut;
 
 use super::block::{BlockSaved, Keep};
 use super::ends::{EmbedSaved, Ends, check_targets};
 use super::pass::Dropout;
-use super::unit::Head;
+use super::unit::{Head, UnitBuffer};
 use super::{LogProbs, Model};
 use crate::Result;
 use crate::batch::Packed;
@@ -148,10 +149,46 @@ impl Trace<'_> {
     /// # Errors
     /// If a label does not exist or there are not as many as rows, or `loss` fails.
     pub fn backward_log_probs(
-        mut self,
+        self,
         labels: &[u32],
         grads: &mut Gradients,
         loss: impl FnOnce(&LogProbs) -> Result<Tensor>,
+    ) -> Result<Option<(f64, LogProbs)>> {
+        self.backward_head(labels, grads, |ends, h, trained| {
+            let out = ends.log_probs(h, labels)?;
+            let (logp, entropy) = (Var::from_tensor(&out.logp)?, Var::from_tensor(&out.entropy)?);
+            let value = loss(&LogProbs { logp: logp.as_tensor().clone(), entropy: entropy.as_tensor().clone() })?;
+            let mut derivatives = value.backward()?;
+            let dentropy = derivatives.remove(&entropy).map(|d| d.detach().contiguous()).transpose()?;
+            let dlogp = match derivatives.remove(&logp) {
+                Some(d) => d.detach().contiguous()?,
+                None => out.logp.zeros_like()?,
+            };
+            let dh = ends.log_probs_backward(h, labels, &out, &dlogp, dentropy.as_ref(), trained)?;
+            Ok((scalar(&value)?, out, dh))
+        })
+    }
+
+    /// Adds to `grads` the gradient of the negative log-likelihood of `labels`, `−Σ log p`: bit for bit what
+    /// [`Self::backward_log_probs`] adds for this loss, with one product of the head less, since its gradient is known before the
+    /// log-probabilities are.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn backward_nll(self, labels: &[u32], grads: &mut Gradients) -> Result<Option<(f64, LogProbs)>> {
+        self.backward_head(labels, grads, |ends, h, trained| {
+            let dlogp = Tensor::full(-1f32, labels.len(), h.device())?;
+            let (out, dh) = ends.log_probs_with_backward(h, labels, &dlogp, trained)?;
+            Ok((scalar(&out.logp.sum_all()?.neg()?)?, out, dh))
+        })
+    }
+
+    /// Adds to `grads` what `head` makes of the head's input: the loss, what the head said, and the gradient of its input.
+    fn backward_head(
+        mut self,
+        labels: &[u32],
+        grads: &mut Gradients,
+        head: impl FnOnce(&Ends, &Tensor, Option<&UnitBuffer>) -> Result<(f64, HeadOut, Tensor)>,
     ) -> Result<Option<(f64, LogProbs)>> {
         check_targets(self.batch.tokens(), self.rows, Some(labels))?;
         let Some(x) = self.x.take() else {
@@ -161,19 +198,9 @@ impl Trace<'_> {
         let unit = self.model.unit(0, self.model.last_block())?;
         let ends = self.model.ends(&unit);
         let selected = ends.head_rows(&x, self.head_rows(&x))?;
-        let out = ends.log_probs(&selected.h, labels)?;
-        let (logp, entropy) = (Var::from_tensor(&out.logp)?, Var::from_tensor(&out.entropy)?);
-        let value = loss(&LogProbs { logp: logp.as_tensor().clone(), entropy: entropy.as_tensor().clone() })?;
-        let mut derivatives = value.backward()?;
-        let dentropy = derivatives.remove(&entropy).map(|d| d.detach().contiguous()).transpose()?;
-        let dlogp = match derivatives.remove(&logp) {
-            Some(d) => d.detach().contiguous()?,
-            None => out.logp.zeros_like()?,
-        };
-        let value = scalar(&value)?;
         let buffer = grads.open(0)?;
         let trained = self.model.base_grads(&buffer);
-        let dh = ends.log_probs_backward(&selected.h, labels, &out, &dlogp, dentropy.as_ref(), trained)?;
+        let (value, out, dh) = head(&ends, &selected.h, trained)?;
         let dx = ends.head_rows_backward(&selected, dh, self.batch.tokens(), trained)?;
         if self.model.shares_embedding() {
             self.head_gradient = Some(buffer.flat().copy()?);

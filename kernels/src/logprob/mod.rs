@@ -19,6 +19,7 @@
 //! shard, [`HeadPartial::merge`] in order of entries and [`head_finish`] make a row's result, which depends on the cuts
 //! but not on who holds what. One shard takes the steps of [`head_logprob`], and gives its bits.
 
+mod at_once;
 mod cpu;
 mod full;
 mod half;
@@ -28,6 +29,7 @@ mod shard;
 
 use candle_core::Tensor;
 
+pub use at_once::head_logprob_with_backward;
 pub use row::{BLOCK, HeadPartial, RowStats, row_partial, row_stats};
 pub use shard::{head_finish, head_partials, head_shard_backward, head_shard_input_grad};
 

@@ -39,6 +39,18 @@ pub(super) trait HeadElement: Element {
     fn fused_backward(_: &Head<Self>, _: &[Self], _: &RowGrads, _: Option<&mut [f32]>) -> Option<Vec<f32>> {
         None
     }
+
+    /// Both for a known gradient of the log-probabilities, from logits that are made once. Adds to the gradient of the weights,
+    /// and returns what was seen of each row and the gradient of the rows.
+    fn fused_both(
+        _: &Head<Self>,
+        _: &[Self],
+        _: &[u32],
+        _: &[f32],
+        _: &mut [f32],
+    ) -> Option<(Vec<HeadPartial>, Vec<f32>)> {
+        None
+    }
 }
 
 impl HeadElement for f32 {
@@ -111,6 +123,16 @@ impl HeadElement for f32 {
 
     fn fused_backward(head: &Head<f32>, h: &[f32], rows: &RowGrads, dw: Option<&mut [f32]>) -> Option<Vec<f32>> {
         (rows.labels.len() >= full::ENOUGH_ROWS).then(|| full::backward(head, h, rows, dw))
+    }
+
+    fn fused_both(
+        head: &Head<f32>,
+        h: &[f32],
+        labels: &[u32],
+        dlogp: &[f32],
+        dw: &mut [f32],
+    ) -> Option<(Vec<HeadPartial>, Vec<f32>)> {
+        full::both(head, h, labels, dlogp, dw)
     }
 }
 

@@ -9,7 +9,7 @@ use tandem_data::packing::{Packing, pack_by_tokens};
 use tandem_engine::model::unit::Head;
 use tandem_engine::parallel::{Parallel, ParallelConfig, Placement, ZeroStage};
 use tandem_engine::train::{OptimizerConfig, OptimizerKind, Schedule, ScheduleKind};
-use tandem_engine::{Engine, LogProbs, MicroBatch, Model, Packed, Recompute};
+use tandem_engine::{Engine, MicroBatch, Model, Packed, Recompute};
 use tandem_stages::error::StageError;
 use tandem_stages::ranks::on_threads;
 
@@ -129,8 +129,7 @@ fn rank(case: &Case, step: &Step, world: Arc<dyn Collective>, stage: ZeroStage) 
         if case.work == Work::Reward {
             engine.accumulate_all_scores(&passes, recompute(case), |_, scores| pairwise(scores))?;
         } else {
-            let loss = |_, out: &LogProbs| Ok(out.logp.sum_all()?.neg()?);
-            engine.accumulate_all_log_probs(&passes, recompute(case), loss)?;
+            engine.accumulate_all_nll(&passes, recompute(case))?;
         }
         match engine.step(terms as f64)?.applied {
             true => Ok(()),
