@@ -18,6 +18,15 @@ pub(super) fn variants(work: Work) -> &'static [&'static str] {
     }
 }
 
+/// Ways by other libraries, which are measured only where they are asked for by name.
+pub(super) fn libraries(work: Work) -> &'static [&'static str] {
+    match work {
+        Work::Sft | Work::Reward => &[],
+        Work::Generate => &["ctranslate2"],
+        Work::Ppo => &["trl"],
+    }
+}
+
 /// A Python with PyTorch and transformers.
 pub(super) struct Peer {
     python: PathBuf,
@@ -41,8 +50,13 @@ impl Peer {
         variant: &str,
         steps: usize,
     ) -> Result<Measured, BenchError> {
+        let script = if libraries(work).contains(&variant) {
+            concat!(env!("CARGO_MANIFEST_DIR"), "/peers/libraries.py")
+        } else {
+            concat!(env!("CARGO_MANIFEST_DIR"), "/peers/steps.py")
+        };
         self.call(
-            concat!(env!("CARGO_MANIFEST_DIR"), "/peers/steps.py"),
+            script,
             &[work.name(), "--shape", shape.name(), "--precision", precision, "--variant", variant],
             steps,
             self.threads,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::case::{Case, Format, TOKENS_PER_MICRO_BATCH, Work};
-use super::peers::{Peer, variants};
+use super::peers::{Peer, libraries, variants};
 use super::{BenchError, Measured, Shape, median};
 
 /// What the table holds.
@@ -23,7 +23,7 @@ pub struct TableArgs {
     /// A Python that has PyTorch and transformers; without it only our side is measured.
     #[arg(long)]
     pub python: Option<PathBuf>,
-    /// Variants of the peer; all that it has of a kind of work unless given.
+    /// Variants of the peer; all that PyTorch has of a kind of work unless given. Other libraries have to be named.
     #[arg(long, value_delimiter = ',')]
     pub variant: Vec<String>,
     /// Times that each side is measured.
@@ -43,6 +43,10 @@ impl TableArgs {
     /// # Errors
     /// If a measurement fails.
     pub fn run(&self) -> Result<(), BenchError> {
+        let known: Vec<&str> = self.work.iter().flat_map(|&work| [variants(work), libraries(work)].concat()).collect();
+        if let Some(name) = self.variant.iter().find(|name| !known.contains(&name.as_str())) {
+            return Err(format!("`--variant {name}`: the peer has {} for this work", known.join(", ")).into());
+        }
         println!(
             "| work | shape | precision | tokens/s | MiB | peer | tokens/s | MiB | time, ours / peer | memory, ours / peer |"
         );
@@ -75,8 +79,9 @@ impl TableArgs {
             return Ok(());
         };
         let peer = Peer::new(python, case.threads())?;
-        let wanted = |variant: &&&str| self.variant.is_empty() || self.variant.iter().any(|name| name == **variant);
-        for variant in variants(work).iter().filter(wanted) {
+        let named = |variant: &&&str| self.variant.iter().any(|name| name == **variant);
+        let wanted = variants(work).iter().filter(|variant| self.variant.is_empty() || named(variant));
+        for variant in wanted.chain(libraries(work).iter().filter(named)) {
             let (mut rounds, mut time, mut memory) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..self.rounds {
                 let (ours, theirs) = (case.run_apart()?, peer.run(work, shape, precision, variant, self.steps)?);
