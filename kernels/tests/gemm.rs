@@ -1,8 +1,9 @@
 //! The matrix products against an f64 twin, and their three promises: batch, thread and tiling invariance, bit for bit.
 
 use candle_core::{Device, Tensor};
+use tandem_kernels::Isa;
 use tandem_kernels::gemm::{
-    PackedMatrix, bias_grad, linear, linear_input_grad, linear_packed, linear_packed_f32, linear_weight_grad,
+    K_BLOCK, PackedMatrix, bias_grad, linear, linear_input_grad, linear_packed, linear_packed_f32, linear_weight_grad,
 };
 
 fn values(len: usize, seed: u64) -> Vec<f32> {
@@ -129,6 +130,35 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let one = run(1);
     assert_eq!(one, run(2));
     assert_eq!(one, run(5));
+}
+
+/// Several blocks of terms, the last one short, and several tasks of whole and of partial tiles: each element is what the
+/// module defines, chain by chain.
+#[test]
+fn gradients_of_weights_are_sums_of_chains_of_blocks() {
+    if Isa::active() == Isa::Portable {
+        return; // May round a product before it is added.
+    }
+    for (t, n, k) in [(530, 300, 450), (700, 41, 130), (513, 450, 33), (260, 64, 420)] {
+        let (x, dy, start) = (values(t * k, 1), values(t * n, 2), values(n * k, 3));
+        let (xt, dyt) = (tensor(&x, (t, k)), tensor(&dy, (t, n)));
+        let chain = |i: usize, j: usize| {
+            (0..t).step_by(K_BLOCK).fold(start[i * k + j], |sum, block| {
+                let terms = block..t.min(block + K_BLOCK);
+                sum + terms.fold(0f32, |sum, p| dy[p * n + i].mul_add(x[p * k + j], sum))
+            })
+        };
+        // Not all of them: a multiply-add without an instruction for it takes long.
+        let some: Vec<usize> = (0..n * k).filter(|at| at % 13 == 0 || at % k + 34 > k || at / k + 13 > n).collect();
+        let want: Vec<u32> = some.iter().map(|at| chain(at / k, at % k).to_bits()).collect();
+        for threads in [1, 2, 5] {
+            let dw = tensor(&start, (n, k));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| linear_weight_grad(&dyt, &xt, &dw)).unwrap();
+            let got = flat(&dw);
+            assert!(some.iter().zip(&want).all(|(at, want)| got[*at].to_bits() == *want), "{t} {n} {k}, {threads}");
+        }
+    }
 }
 
 #[test]

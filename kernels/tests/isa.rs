@@ -9,6 +9,7 @@ use common::{assert_close, bits, flat, random, wide, zeros};
 use tandem_kernels::Isa;
 use tandem_kernels::attention::{AttentionSpec, KvCacheLayer, attention, attention_backward, decode_attention};
 use tandem_kernels::dropout::dropout;
+use tandem_kernels::gemm::linear_weight_grad;
 use tandem_kernels::mlp::{Activation, activation, activation_backward, gated, gated_backward, gated_backward_again};
 use tandem_kernels::norm::{
     add_layer_norm, add_rms_norm, layer_norm, layer_norm_backward, layer_norm_backward_add, rms_norm,
@@ -31,6 +32,9 @@ fn run() -> Vec<Tensor> {
     for act in [Activation::Silu, Activation::GeluTanh, Activation::GeluErf, Activation::Relu] {
         out.extend([gated(&gate_up, act).unwrap(), gated_backward(&dy, &gate_up, act).unwrap()]);
     }
+    let (x, dy, dw) = (random(&[530, 75], 8), random(&[530, 100], 9), zeros(&[100, 75]));
+    linear_weight_grad(&dy, &x, &dw).unwrap();
+    out.push(dw);
     for (heads, kv_heads, head_dim, window) in [(2, 2, 64, None), (4, 2, 20, Some(40)), (3, 1, 80, None)] {
         let spec = AttentionSpec { heads, kv_heads, head_dim, causal: true, window, scale: 0.2 };
         let qkv = random(&[203, spec.qkv_width()], 6);

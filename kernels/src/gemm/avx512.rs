@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::micro::{Order, Tile};
+use super::micro::{Ahead, Order, Tile, copy_b};
 use crate::prefetch::{LINE, prefetch_line, prefetch_line_to_write};
 
 /// Columns of a panel of B.
@@ -18,13 +18,25 @@ mod mode {
     pub(super) const TERMS_AHEAD: u8 = 1;
     /// The same, and leaving a copy of A.
     pub(super) const TERMS_COPY: u8 = 2;
+    /// A in order of terms, asking for what lies ahead, and leaving a copy of B.
+    pub(super) const TERMS_B: u8 = 3;
+    /// The same, and leaving a copy of A.
+    pub(super) const TERMS_BOTH: u8 = 4;
     /// A in order of rows.
-    pub(super) const ROWS: u8 = 3;
+    pub(super) const ROWS: u8 = 5;
     /// The same, asking for what lies ahead, and leaving a copy of A.
-    pub(super) const ROWS_COPY: u8 = 4;
+    pub(super) const ROWS_COPY: u8 = 6;
 
     pub(super) const fn asks(mode: u8) -> bool {
-        matches!(mode, TERMS_AHEAD | TERMS_COPY | ROWS_COPY)
+        !matches!(mode, TERMS | ROWS)
+    }
+
+    pub(super) const fn copies_terms(mode: u8) -> bool {
+        matches!(mode, TERMS_COPY | TERMS_BOTH)
+    }
+
+    pub(super) const fn copies_b(mode: u8) -> bool {
+        matches!(mode, TERMS_B | TERMS_BOTH)
     }
 
     pub(super) const fn in_rows(mode: u8) -> bool {
@@ -49,6 +61,13 @@ pub(super) unsafe fn tile(t: &Tile) {
     let asks = t.ahead.is_some() && t.rows == ROWS;
     // SAFETY: chosen only where AVX-512 is active; the caller vouches for the operands.
     unsafe {
+        if !t.copy_b.is_null() {
+            match (t.order, t.copy.is_null(), t.rows == ROWS && t.columns > COLUMNS / 2) {
+                (Order::Terms(_), true, true) => return sums::<ROWS, 2, { mode::TERMS_B }>(t),
+                (Order::Terms(_), false, true) => return sums::<ROWS, 2, { mode::TERMS_BOTH }>(t),
+                _ => copy_b(t, COLUMNS),
+            }
+        }
         match (t.order, t.copy.is_null(), t.columns > COLUMNS / 2) {
             (Order::Terms(_), false, true) => by_rows!(t.rows, sums, [2, { mode::TERMS_COPY }], (t)),
             (Order::Terms(_), false, false) => by_rows!(t.rows, sums, [1, { mode::TERMS_COPY }], (t)),
@@ -79,7 +98,8 @@ unsafe fn sums<const R: usize, const NV: usize, const MODE: u8>(t: &Tile) {
         *a = a.wrapping_add(3 * third * stride);
     }
     let (mut ap, mut bp, mut copy) = (t.a, t.b, t.copy);
-    let (mut ahead, pace) = t.ahead.map_or((t.b, 0), |ahead| (ahead.start, ahead.stride));
+    let mut to_copy_b = t.copy_b;
+    let mut asking = Asking::new(t);
     let mut acc = [[_mm512_setzero_ps(); NV]; R];
     // SAFETY: the caller vouches for A, B and the copy.
     unsafe {
@@ -89,11 +109,15 @@ unsafe fn sums<const R: usize, const NV: usize, const MODE: u8>(t: &Tile) {
                 line[v] = _mm512_loadu_ps(bp.add(16 * v));
             }
             if mode::asks(MODE) {
-                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
-                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(16).cast());
-                ahead = ahead.wrapping_add(pace);
+                asking.step();
             }
-            if MODE == mode::TERMS_COPY {
+            if mode::copies_b(MODE) {
+                for v in 0..NV {
+                    _mm512_storeu_ps(to_copy_b.add(16 * v), line[v]);
+                }
+                to_copy_b = to_copy_b.wrapping_add(COLUMNS);
+            }
+            if mode::copies_terms(MODE) {
                 let mask = u16::MAX >> (16 - R);
                 _mm512_mask_storeu_ps(copy, mask, _mm512_maskz_loadu_ps(mask, ap));
             }
@@ -119,6 +143,48 @@ unsafe fn sums<const R: usize, const NV: usize, const MODE: u8>(t: &Tile) {
             bp = bp.wrapping_add(t.b_stride);
         }
         store(&acc, t.columns, t.c, t.c_stride, t.accumulate);
+    }
+}
+
+/// Asks for [`Ahead`](super::micro::Ahead), a pair of lines at a time.
+struct Asking {
+    at: *const f32,
+    start: *const f32,
+    left: usize,
+    run: usize,
+    stride: usize,
+    /// Pairs times terms that are due.
+    due: usize,
+    pairs: usize,
+    terms: usize,
+}
+
+impl Asking {
+    fn new(t: &Tile) -> Self {
+        let (start, run, stride, pairs) = match t.ahead {
+            Some(Ahead { start, run, stride, pairs }) => (start, run, stride, pairs),
+            None => (t.b, 1, 0, 0),
+        };
+        Self { at: start, start, left: run, run, stride, due: 0, pairs, terms: t.terms }
+    }
+
+    #[inline(always)]
+    fn step(&mut self) {
+        self.due += self.pairs;
+        if self.due >= self.terms {
+            self.due -= self.terms;
+            // SAFETY: hints that read nothing.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(self.at.cast());
+                _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(16).cast());
+            }
+            self.at = self.at.wrapping_add(32);
+            self.left -= 1;
+            if self.left == 0 {
+                self.start = self.start.wrapping_add(self.stride);
+                (self.at, self.left) = (self.start, self.run);
+            }
+        }
     }
 }
 

@@ -74,6 +74,9 @@ pub(crate) struct Gemm<'a> {
 const TASK_ROWS: usize = 240;
 /// Largest columns of C in one task: a block of B (1 MiB) stays in L2 while all rows of the task pass by.
 const TASK_COLUMNS: usize = 1024;
+/// The same where both operands lie in place, and their next blocks of terms come near while one is worked on.
+const TASK_ROWS_IN_PLACE: usize = 192;
+const TASK_COLUMNS_IN_PLACE: usize = 384;
 /// Elements of B that are packed before the tasks start (4 MiB).
 const PACKED_B: usize = 1 << 20;
 /// With few rows B is read once or twice, so a task packs its own, and a panel that stays in L1 is enough.
@@ -165,7 +168,7 @@ pub(crate) fn gemm_here(g: Gemm<'_>) {
     assert!(g.a.len() > (g.m - 1) * g.a_row_stride + (g.k - 1) * g.a_col_stride, "gemm: A is too short");
     assert!(panels.len() == g.n.next_multiple_of(kernel.columns) * g.k, "gemm: length of the packed B");
     let part = Part { columns: (0, g.n), k: (0, g.k), b: At::Panels(panels) };
-    for task in tasks(g.m, g.n, &kernel, false, 1) {
+    for task in tasks(g.m, g.n, &kernel, 1) {
         OPERANDS.with_borrow_mut(|(a, b)| run_task(&g, &kernel, &part, &task, a, b));
     }
 }
@@ -251,7 +254,10 @@ pub(super) fn unpack_panels(packed: &[f32], columns: usize, k: usize, kernel: &M
 fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, part: Part<'_>) {
     let (column, columns) = part.columns;
     let threads = rayon::current_num_threads();
-    let tasks = tasks(g.m, columns, kernel, matches!(part.b, At::InPlace(_)), threads);
+    let tasks = match part.b {
+        At::InPlace(_) => tasks_in_place(g.m, columns, kernel, threads),
+        _ => tasks(g.m, columns, kernel, threads),
+    };
     let run = |task: &Task| {
         let task = Task { column: column + task.column, ..*task };
         OPERANDS.with_borrow_mut(|(a, b)| run_task(g, kernel, &part, &task, a, b));
@@ -265,17 +271,16 @@ fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, part: Part<'_>) {
 }
 
 /// Cuts rows and columns into rectangles, a few per thread, aligned to the micro-kernel.
-fn tasks(m: usize, n: usize, kernel: &MicroKernel, in_place: bool, threads: usize) -> Vec<Task> {
+fn tasks(m: usize, n: usize, kernel: &MicroKernel, threads: usize) -> Vec<Task> {
     // Where one thread does it all, more tasks only pack more.
     let wanted = if threads == 1 { 1 } else { 8 * threads };
     let mut rows = even(m, TASK_ROWS, kernel.rows);
     let mut columns = even(n, if m <= FEW_ROWS { FEW_ROWS_COLUMNS } else { TASK_COLUMNS }, kernel.columns);
-    // In place B comes from far away for each task anew.
-    let fewest = if in_place { 3 } else { 2 } * kernel.rows;
+    let fewest = 2 * kernel.rows;
     while m.div_ceil(rows) * n.div_ceil(columns) < wanted {
         if m >= MANY_ROWS && rows > fewest {
             rows = (rows / 2).next_multiple_of(kernel.rows).max(fewest);
-        } else if columns > kernel.columns && !in_place {
+        } else if columns > kernel.columns {
             columns = (columns / 2).next_multiple_of(kernel.columns);
         } else if rows > fewest {
             rows = (rows / 2).next_multiple_of(kernel.rows).max(fewest);
@@ -288,6 +293,34 @@ fn tasks(m: usize, n: usize, kernel: &MicroKernel, in_place: bool, threads: usiz
         for column in (0..n).step_by(columns) {
             tasks.push(Task { row, rows: rows.min(m - row), column, columns: columns.min(n - column) });
         }
+    }
+    tasks
+}
+
+/// Cuts rows and columns where both operands come from far away for each task anew: into a few nearly equal tasks per
+/// thread, in the way in which they read least.
+fn tasks_in_place(m: usize, n: usize, kernel: &MicroKernel, threads: usize) -> Vec<Task> {
+    let wanted = if threads == 1 { 1 } else { 4 * threads };
+    let (row_units, column_units) = (m.div_ceil(kernel.rows), n.div_ceil(kernel.columns));
+    // No fewer than three tiles of rows, of which the first finds B as it lies, and two of columns, unless there are none.
+    let (fewest_rows, fewest_columns) = (m.div_ceil(TASK_ROWS_IN_PLACE), n.div_ceil(TASK_COLUMNS_IN_PLACE));
+    let most_rows = row_units.div_ceil(3).max(fewest_rows);
+    let most_columns = column_units.div_ceil(2).max(fewest_columns);
+    let cuts = (fewest_rows..=most_rows).map(|rows| {
+        let columns = wanted.div_ceil(rows).clamp(fewest_columns, most_columns);
+        (m * columns + n * rows, rows, columns)
+    });
+    let is_enough = |&(_, rows, columns): &(usize, usize, usize)| rows * columns >= wanted || rows == most_rows;
+    let (_, rows, columns) = cuts.filter(is_enough).min().unwrap_or((0, fewest_rows, fewest_columns));
+    let part = |index: usize, parts: usize, (all, units, unit): (usize, usize, usize)| {
+        let at = |index: usize| all.min(units * index / parts * unit);
+        (at(index), at(index + 1) - at(index))
+    };
+    let mut tasks = Vec::with_capacity(rows * columns);
+    for index in 0..rows * columns {
+        let (row, rows) = part(index / columns, rows, (m, row_units, kernel.rows));
+        let (column, columns) = part(index % columns, columns, (n, column_units, kernel.columns));
+        tasks.push(Task { row, rows, column, columns });
     }
     tasks
 }

@@ -23,13 +23,17 @@ impl Order {
     }
 }
 
-/// What lies far away and is needed soon: two cache lines for each term.
+/// What lies far away and is needed soon: pairs of cache lines, in runs of neighbours.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
     /// The first of them; it need not be memory of ours.
     pub(super) start: *const f32,
-    /// Elements from the lines of a term to those of the next.
+    /// Pairs of a run.
+    pub(super) run: usize,
+    /// Elements from the start of a run to that of the next.
     pub(super) stride: usize,
+    /// Pairs in all: spread over the terms, at most one for each.
+    pub(super) pairs: usize,
 }
 
 /// What a micro-kernel computes: a tile of C over some terms.
@@ -42,6 +46,8 @@ pub(super) struct Tile {
     pub(super) order: Order,
     /// Where to leave a copy of A, `[terms][rows]`; or null.
     pub(super) copy: *mut f32,
+    /// Where to leave a copy of B, `[terms]` and all columns of the micro-kernel; or null.
+    pub(super) copy_b: *mut f32,
     /// As many columns of each term as the micro-kernel is wide, whatever `columns` is.
     pub(super) b: *const f32,
     /// Elements from a term of B to the next.
@@ -62,7 +68,7 @@ pub(crate) struct MicroKernel {
     pub(super) rows: usize,
     /// Columns of every panel of B.
     pub(super) columns: usize,
-    /// The kernel. Unsafe: A, B and C must hold the tile, and the copy have room for A.
+    /// The kernel. Unsafe: A, B and C must hold the tile, and the copies have room for A and B.
     pub(super) run: unsafe fn(&Tile),
     /// Whether [`few_rows`](super::few::few_rows) has a kernel of its own.
     pub(super) has_few: bool,
@@ -86,6 +92,17 @@ unsafe fn store_row(tile: &[f32], columns: usize, c: *mut f32, accumulate: bool)
     let row = unsafe { std::slice::from_raw_parts_mut(c, columns) };
     for (c, t) in row.iter_mut().zip(tile) {
         *c = if accumulate { *c + t } else { *t };
+    }
+}
+
+/// Leaves the copy of B that is asked for, which is so many columns wide.
+pub(super) unsafe fn copy_b(t: &Tile, columns: usize) {
+    if t.copy_b.is_null() {
+        return;
+    }
+    for p in 0..t.terms {
+        // SAFETY: the caller vouches for B and the copy.
+        unsafe { t.b.add(p * t.b_stride).copy_to_nonoverlapping(t.copy_b.add(p * columns), columns) };
     }
 }
 
@@ -140,6 +157,7 @@ unsafe fn avx2(t: &Tile) {
     // SAFETY: chosen only where AVX2 and FMA are active; the caller vouches for the operands.
     unsafe {
         copy_a(t);
+        copy_b(t, 16);
         match t.rows {
             1 => tile::<1>(t),
             2 => tile::<2>(t),
@@ -171,6 +189,7 @@ unsafe fn portable(t: &Tile) {
     // SAFETY: the caller vouches for the copy and the tile of C.
     unsafe {
         copy_a(t);
+        copy_b(t, 8);
         for (i, acc) in acc.iter().take(t.rows).enumerate() {
             store_row(acc, t.columns, t.c.add(i * t.c_stride), t.accumulate);
         }

@@ -7,7 +7,13 @@ use super::pack::pack_b;
 use crate::prefetch::LINE;
 use crate::room::Room;
 
+/// Elements of the two lines that are asked for at once.
+const PAIR: usize = 2 * LINE / size_of::<f32>();
+
 /// A panel of A stays in L1 while the panels of B pass by: a row of tiles of C is written from left to right.
+///
+/// Of a B in place, the first row of tiles leaves panels for the others: terms that lie a whole row of B apart share few
+/// sets of L1, and no processor follows them by itself.
 pub(super) fn run_task(
     g: &Gemm<'_>,
     kernel: &MicroKernel,
@@ -33,12 +39,16 @@ pub(super) fn run_task(
                 let column = strip * nr;
                 // The first tile of several leaves the rows in the order in which the others read them from L1.
                 let copies = strip == 0 && strips > 1;
-                let ahead = if row == t.row && strip + 1 < strips {
-                    b.strip(column + nr).map(|(start, stride)| Ahead { start, stride })
-                } else {
-                    next_rows(g, t, (row + mr, term), last_term, (strip, strips), mr)
-                };
-                let (b, b_stride) = b.strip(column).expect("a strip of the task");
+                let ahead =
+                    if matches!(part.b, At::InPlace(_)) && (term > first_term || (row > t.row && strip + 1 < strips)) {
+                        next_block(g, part, t, (term + terms, last_term), ((row - t.row) / mr, strip), (mr, strips))
+                    } else if row == t.row && strip + 1 < strips {
+                        let (start, stride, _) = b.strip(column + nr, row > t.row);
+                        Some(Ahead { start, run: 1, stride, pairs: terms })
+                    } else {
+                        next_rows(g, t, (row + mr, term), terms, (strip, strips), mr)
+                    };
+                let (b, b_stride, copy_b) = b.strip(column, row > t.row);
                 let tile = Tile {
                     rows,
                     columns: nr.min(t.columns - column),
@@ -46,6 +56,7 @@ pub(super) fn run_task(
                     a,
                     order,
                     copy: if copies { panel } else { std::ptr::null_mut() },
+                    copy_b: if t.rows > mr { copy_b } else { std::ptr::null_mut() },
                     b,
                     b_stride,
                     c: g.c.start().wrapping_add(row * g.c_row_stride + t.column + column),
@@ -54,7 +65,7 @@ pub(super) fn run_task(
                     ahead,
                 };
                 // SAFETY: the rectangle lies inside C (checked in `gemm`), and no other task writes it; A and B hold its
-                // terms (likewise), B with whole panels; the copy has room for a panel.
+                // terms (likewise), B with whole panels; the copies have room for a panel each.
                 unsafe { (kernel.run)(&tile) };
                 if copies {
                     (a, order) = (panel, Order::Terms(rows));
@@ -69,77 +80,107 @@ fn next_rows(
     g: &Gemm<'_>,
     t: &Task,
     (row, term): (usize, usize),
-    last_term: usize,
+    terms: usize,
     (strip, strips): (usize, usize),
     rows: usize,
 ) -> Option<Ahead> {
-    /// Elements of two lines.
-    const PACE: usize = 2 * LINE / size_of::<f32>();
+    if row >= t.row + t.rows {
+        return None;
+    }
     let start = g.a.as_ptr().wrapping_add(row * g.a_row_stride + term * g.a_col_stride);
     if g.a_col_stride == 1 {
         // Rows one after the other, all their terms at once: later blocks find theirs in L2.
-        let part = strip * PACE * K_BLOCK;
-        let is_far = term == 0 && row < t.row + t.rows && part < rows * g.a_row_stride;
-        return is_far.then_some(Ahead { start: start.wrapping_add(part), stride: PACE });
+        let part = strip * PAIR * K_BLOCK;
+        let is_far = term == 0 && part < rows * g.a_row_stride;
+        return is_far.then_some(Ahead { start: start.wrapping_add(part), run: terms, stride: 0, pairs: terms });
     }
-    let start = if row < t.row + t.rows {
-        start
-    } else if term + K_BLOCK < last_term {
-        g.a.as_ptr().wrapping_add(t.row + (term + K_BLOCK) * g.a_col_stride)
-    } else {
-        return None;
+    (strip + 1 == strips).then_some(Ahead { start, run: 1, stride: g.a_col_stride, pairs: terms })
+}
+
+/// The part that one tile asks for of the terms of A and of B in place that come after these.
+fn next_block(
+    g: &Gemm<'_>,
+    part: &Part<'_>,
+    t: &Task,
+    (term, last_term): (usize, usize),
+    (group, strip): (usize, usize),
+    (rows, strips): (usize, usize),
+) -> Option<Ahead> {
+    let (At::InPlace(b_stride), Right::Strided(b, _)) = (part.b, g.b) else { return None };
+    let terms = K_BLOCK.min(last_term - term);
+    // From the line on in which they begin.
+    let lines = |start: *const f32, columns: usize| {
+        let before = start.addr() % LINE / size_of::<f32>();
+        (start.wrapping_sub(before), (before + columns).div_ceil(PAIR))
     };
-    (strip + 1 == strips).then_some(Ahead { start, stride: g.a_col_stride })
+    let a = lines(g.a.as_ptr().wrapping_add(t.row + term * g.a_col_stride), t.rows);
+    let b = lines(b.as_ptr().wrapping_add(t.column + term * b_stride), t.columns);
+    let (tile, tiles) = (group * strips + strip, t.rows.div_ceil(rows) * strips);
+    let a_tiles = (tiles * a.1).div_ceil(a.1 + b.1);
+    let ((start, run), stride, tile, tiles) = if tile < a_tiles {
+        (a, g.a_col_stride, tile, a_tiles)
+    } else {
+        (b, b_stride, tile - a_tiles, tiles - a_tiles)
+    };
+    let (first, end) = (terms * tile / tiles, terms * (tile + 1) / tiles);
+    let pairs = (end - first) * run;
+    (pairs > 0).then_some(Ahead { start: start.wrapping_add(first * stride), run, stride, pairs })
 }
 
 /// Some terms of the columns of a task.
-enum Block<'a> {
+struct Block {
+    /// Where a strip of columns is found first, if not in the panels: from the first column on, how many, and how far it
+    /// is from a term to the next.
+    in_place: Option<(*const f32, usize, usize)>,
     /// Panels, so far from one to the next, of so many columns.
-    Panels(&'a [f32], usize, usize),
-    /// In place: from the first column on, so many, so far from a term to the next; what is left of a panel's columns.
-    InPlace(&'a [f32], usize, usize, &'a [f32], usize),
+    panels: *mut f32,
+    pitch: usize,
+    columns: usize,
 }
 
-impl<'a> Block<'a> {
+impl Block {
     fn new(
-        g: &Gemm<'a>,
+        g: &Gemm<'_>,
         kernel: &MicroKernel,
-        part: &Part<'a>,
+        part: &Part<'_>,
         t: &Task,
         (term, terms): (usize, usize),
-        room: &'a mut Room,
+        room: &mut Room,
     ) -> Self {
         let nr = kernel.columns;
+        let whole_panels = t.columns.next_multiple_of(nr);
         match (part.b, g.b) {
             (At::Panels(panels), _) => {
                 let pitch = nr * part.k.1;
                 let first = (t.column - part.columns.0) / nr * pitch + (term - part.k.0) * nr;
-                Block::Panels(&panels[first..], pitch, nr)
+                Block { in_place: None, panels: panels[first..].as_ptr().cast_mut(), pitch, columns: nr }
             }
             (At::InPlace(stride), Right::Strided(b, _)) => {
                 let whole = t.columns / nr * nr;
                 let b = &b[term * stride + t.column..];
-                let rest = room.first(nr * terms);
+                let panels = room.first(whole_panels * terms);
                 if whole < t.columns {
-                    pack_b(&b[whole..], (stride, 1), t.columns - whole, terms, nr, rest);
+                    pack_b(&b[whole..], (stride, 1), t.columns - whole, terms, nr, &mut panels[whole * terms..]);
                 }
-                Block::InPlace(b, stride, whole, rest, nr)
+                let in_place = Some((b.as_ptr(), whole, stride));
+                Block { in_place, panels: panels.as_mut_ptr(), pitch: nr * terms, columns: nr }
             }
             (At::Nowhere, Right::Strided(b, strides)) => {
-                let panels = room.first(t.columns.next_multiple_of(nr) * terms);
+                let panels = room.first(whole_panels * terms);
                 pack_b(&b[term * strides.0 + t.column * strides.1..], strides, t.columns, terms, nr, panels);
-                Block::Panels(panels, nr * terms, nr)
+                Block { in_place: None, panels: panels.as_mut_ptr(), pitch: nr * terms, columns: nr }
             }
             (At::InPlace(_) | At::Nowhere, Right::Packed(..)) => unreachable!("packed before"),
         }
     }
 
-    /// The columns from `column` of the task on, and the distance from a term to the next; none behind the last.
-    fn strip(&self, column: usize) -> Option<(*const f32, usize)> {
-        match *self {
-            Block::Panels(panels, pitch, nr) => Some((panels.get(column / nr * pitch..)?.as_ptr(), nr)),
-            Block::InPlace(b, stride, whole, ..) if column < whole => Some((b[column..].as_ptr(), stride)),
-            Block::InPlace(_, _, _, rest, nr) => Some((rest.as_ptr(), nr)),
+    /// The columns from `column` of the task on, the distance from a term to the next, and where to leave a copy, if that
+    /// has not been done `before`.
+    fn strip(&self, column: usize, before: bool) -> (*const f32, usize, *mut f32) {
+        let panel = self.panels.wrapping_add(column / self.columns * self.pitch);
+        match self.in_place {
+            Some((b, whole, stride)) if !before && column < whole => (b.wrapping_add(column), stride, panel),
+            _ => (panel, self.columns, std::ptr::null_mut()),
         }
     }
 }
