@@ -28,6 +28,8 @@ pub mod rows;
 pub mod sample;
 mod simd;
 pub mod slice;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 mod view;
 
 pub use element::Element;

@@ -75,6 +75,25 @@ fn nan_is_not_hidden() {
 }
 
 #[test]
+fn nan_in_bf16_stays_where_it_is() {
+    let (width, dy) = (77, to_bf16(&random(&[1, 77], 2)).unwrap());
+    for at in [0, 1, 31, 32, 63, 64, 75, 76] {
+        let mut x = inputs(2 * width, 1);
+        x[at] = f32::NAN;
+        let x = to_bf16(&tensor(&x, &[1, 2 * width])).unwrap();
+        let (dx, y) = gated_backward_again(&dy, &x, Silu).unwrap();
+        for y in [y, gated(&x, Silu).unwrap()] {
+            let y = flat(&to_f32(&y).unwrap());
+            assert!((0..width).all(|i| y[i].is_nan() == (i == at)), "{at}");
+        }
+        for dx in [dx, gated_backward(&dy, &x, Silu).unwrap()] {
+            let dx = flat(&to_f32(&dx).unwrap());
+            assert!((0..2 * width).all(|i| dx[i].is_nan() == (i % width == at)), "{at}");
+        }
+    }
+}
+
+#[test]
 fn misfits_are_errors() {
     assert!(gated(&random(&[2, 5], 1), Silu).is_err());
     assert!(gated_backward(&random(&[2, 3], 1), &random(&[2, 4], 1), Silu).is_err());

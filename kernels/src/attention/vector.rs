@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::queries::{Lanes, QueryTile, VECTORS};
 use crate::math::LANES;
+use crate::vector::exp_small;
 
 type Pair = [__m512; VECTORS];
 
@@ -32,28 +33,6 @@ fn masks(seeing: Range<usize>) -> [__mmask16; VECTORS] {
     let below = |end: usize| ((1u64 << end) - 1) as u32;
     let bits = below(seeing.end) & !below(seeing.start);
     [bits as u16, (bits >> LANES) as u16]
-}
-
-/// [`crate::math::exp_small`]: [`crate::math::exp`] of what is not above 80, as the exponents of probabilities are.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn exp(x: __m512) -> __m512 {
-    let set = |value: f32| _mm512_set1_ps(value);
-    let (lowest, round) = (set(-85.950_25), set(12_582_912.0));
-    let low = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, lowest);
-    // In this order the maximum of NaN is NaN.
-    let y = _mm512_max_ps(lowest, x);
-    let rounded = _mm512_fmadd_ps(y, set(std::f32::consts::LOG2_E), round);
-    let n = _mm512_sub_ps(rounded, round);
-    let r = _mm512_fmadd_ps(n, set(-0.693_359_4), y);
-    let r = _mm512_fmadd_ps(n, set(2.121_944_4e-4), r);
-    let mut p = set(1.987_569_1e-4);
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
-        p = _mm512_fmadd_ps(p, r, set(c));
-    }
-    let p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), set(1.0));
-    let scale = _mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_castps_si512(rounded), _mm512_set1_epi32(127)));
-    _mm512_maskz_mul_ps(!low, p, _mm512_castsi512_ps(scale))
 }
 
 /// The larger scaled score so far of each query, `maximum` to begin with; scales the scores `[64, 32]` of the keys `seen`
@@ -95,7 +74,10 @@ pub(super) fn exponentials(scores: &mut [Lanes], seen: Range<usize>, shift: &Lan
     for (key, row) in seen.clone().zip(&mut scores[seen]) {
         let (mut values, mut sum) = (load(row), load(&sums[key % LANES]));
         for v in 0..VECTORS {
-            values[v] = exp(_mm512_sub_ps(values[v], shift[v]));
+            values[v] = _mm512_sub_ps(values[v], shift[v]);
+        }
+        values = exp_small(values);
+        for v in 0..VECTORS {
             sum[v] = _mm512_add_ps(sum[v], values[v]);
         }
         store(row, values);
@@ -155,9 +137,12 @@ pub(super) fn score_gradients(
         let (mut p, mut ds, masks) = (load(scores), load(gradients), masks(tile.seeing(first_key + row)));
         for v in 0..VECTORS {
             // A product and a subtraction with one rounding: what `fma` of the negated sum is.
-            let e = exp(_mm512_fmsub_ps(p[v], scale, lse[v]));
-            ds[v] = _mm512_maskz_mul_ps(masks[v], _mm512_mul_ps(e, _mm512_sub_ps(ds[v], delta[v])), scale);
-            p[v] = _mm512_maskz_mov_ps(masks[v], e);
+            p[v] = _mm512_fmsub_ps(p[v], scale, lse[v]);
+        }
+        let e = exp_small(p);
+        for v in 0..VECTORS {
+            ds[v] = _mm512_maskz_mul_ps(masks[v], _mm512_mul_ps(e[v], _mm512_sub_ps(ds[v], delta[v])), scale);
+            p[v] = _mm512_maskz_mov_ps(masks[v], e[v]);
         }
         store(scores, p);
         store(gradients, ds);

@@ -1,10 +1,16 @@
 //! Loops of the activations.
 
+#[cfg(target_arch = "x86_64")]
+use candle_core::DType;
 use rayon::prelude::*;
 
 use super::Activation;
+#[cfg(target_arch = "x86_64")]
+use super::vector;
 use crate::element::Element;
 use crate::math::{exp, normal_cdf, sigmoid};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Isa;
 use crate::simd::{fma, simd_fn};
 use crate::view::{Output, rows_per_task};
 
@@ -19,6 +25,12 @@ pub(super) fn gated<E: Element>(gate_up: &[E], width: usize, act: Activation, y:
     y.chunks(rows * width).zip(gate_up.par_chunks(rows * 2 * width)).for_each(|(y, gate_up)| {
         for (y, row) in y.chunks_exact_mut(width).zip(gate_up.chunks_exact(2 * width)) {
             let (gate, up) = row.split_at(width);
+            #[cfg(target_arch = "x86_64")]
+            if has_vectors::<E>(act) {
+                // SAFETY: AVX-512 is active.
+                unsafe { vector::gated_row(gate, up, y) };
+                continue;
+            }
             gated_row(gate, up, act, y);
         }
     });
@@ -35,6 +47,12 @@ pub(super) fn gated_backward<E: Element>(dy: &[E], gate_up: &[E], width: usize, 
         for (dx, (dy, row)) in dx.chunks_exact_mut(2 * width).zip(inputs) {
             let (gate, up) = row.split_at(width);
             let (dgate, dup) = dx.split_at_mut(width);
+            #[cfg(target_arch = "x86_64")]
+            if has_vectors::<E>(act) {
+                // SAFETY: AVX-512 is active.
+                unsafe { vector::gated_backward_row::<E, false>(dy, gate, up, dgate, dup, &mut []) };
+                continue;
+            }
             gated_backward_row(dy, gate, up, act, dgate, dup);
         }
     });
@@ -60,6 +78,12 @@ pub(super) fn gated_backward_again<E: Element>(
         for ((dx, y), (dy, row)) in outputs.zip(inputs) {
             let (gate, up) = row.split_at(width);
             let (dgate, dup) = dx.split_at_mut(width);
+            #[cfg(target_arch = "x86_64")]
+            if has_vectors::<E>(act) {
+                // SAFETY: AVX-512 is active.
+                unsafe { vector::gated_backward_row::<E, true>(dy, gate, up, dgate, dup, y) };
+                continue;
+            }
             gated_backward_again_row(dy, gate, up, act, dgate, dup, y);
         }
     });
@@ -72,6 +96,12 @@ pub(super) fn activation<E: Element>(x: &[E], act: Activation, y: &mut Output<E>
 pub(super) fn activation_backward<E: Element>(dy: &[E], x: &[E], act: Activation, dx: &mut Output<E>) {
     let inputs = dy.par_chunks(CHUNK).zip(x.par_chunks(CHUNK));
     dx.chunks(CHUNK).zip(inputs).for_each(|(dx, (dy, x))| plain_backward(dy, x, act, dx));
+}
+
+/// Whether [`vector`] has the gated activation; of f32 it would wait for memory anyhow.
+#[cfg(target_arch = "x86_64")]
+fn has_vectors<E: Element>(act: Activation) -> bool {
+    E::DTYPE == DType::BF16 && act == Activation::Silu && Isa::active() >= Isa::Avx512
 }
 
 /// Value and derivative at `x`.

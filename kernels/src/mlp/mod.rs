@@ -16,6 +16,8 @@ use crate::view::{Output, view_of};
 use crate::{Error, Result};
 
 mod cpu;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
 /// The nonlinearity of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
