@@ -6,6 +6,8 @@ use super::BLOCK_KEYS;
 use crate::element::Element;
 use crate::gemm::Output;
 use crate::math::LANES;
+#[cfg(target_arch = "x86_64")]
+use crate::prefetch::{LINE, prefetch_line_to_write};
 use crate::room::Room;
 
 /// Up to 64 consecutive tokens of one sequence, counted from its start.
@@ -145,6 +147,16 @@ impl<'a, E: Element> HeadRows<'a, E> {
     /// No other task reads or writes these heads.
     pub(super) unsafe fn write(&self, token: usize, rows: usize, column: usize, from: &[f32], stride: usize) {
         assert!(column + self.head_dim <= self.width && (token + rows) * self.width <= self.values.len());
+        #[cfg(target_arch = "x86_64")]
+        if crate::Isa::active() >= crate::Isa::Avx512 {
+            // Rows lie in different pages: one after the other, each store would wait for its line.
+            for row in 0..rows {
+                let start = self.values.start().wrapping_add((token + row) * self.width + column).cast::<u8>();
+                for line in (0..self.head_dim * size_of::<E>()).step_by(LINE) {
+                    prefetch_line_to_write(start.wrapping_add(line));
+                }
+            }
+        }
         for (row, from) in from.chunks(stride).take(rows).enumerate() {
             // SAFETY: the elements exist, as just checked, and are this task's alone.
             let to = unsafe {
