@@ -169,7 +169,7 @@ pub(crate) fn gemm_here(g: Gemm<'_>) {
     assert!(panels.len() == g.n.next_multiple_of(kernel.columns) * g.k, "gemm: length of the packed B");
     let part = Part { columns: (0, g.n), k: (0, g.k), b: At::Panels(panels) };
     for task in tasks(g.m, g.n, &kernel, 1) {
-        OPERANDS.with_borrow_mut(|(a, b)| run_task(&g, &kernel, &part, &task, a, b));
+        OPERANDS.with_borrow_mut(|(a, b)| run_task(&g, &kernel, &part, &task, None, a, b));
     }
 }
 
@@ -258,15 +258,19 @@ fn run_part(g: &Gemm<'_>, kernel: &MicroKernel, part: Part<'_>) {
         At::InPlace(_) => tasks_in_place(g.m, columns, kernel, threads),
         _ => tasks(g.m, columns, kernel, threads),
     };
-    let run = |task: &Task| {
-        let task = Task { column: column + task.column, ..*task };
-        OPERANDS.with_borrow_mut(|(a, b)| run_task(g, kernel, &part, &task, a, b));
+    let task = |index: usize| tasks.get(index).map(|task| Task { column: column + task.column, ..*task });
+    let run = |index: usize| {
+        if let Some(now) = task(index) {
+            // The one that this thread most likely comes to then.
+            let next = task(index + 1);
+            OPERANDS.with_borrow_mut(|(a, b)| run_task(g, kernel, &part, &now, next.as_ref(), a, b));
+        }
     };
     if tasks.len() == 1 || g.m * columns * part.k.1 < SERIAL_BELOW {
-        tasks.iter().for_each(run);
+        (0..tasks.len()).for_each(run);
     } else {
         // Each can be taken by itself: cores may differ in speed.
-        tasks.par_iter().with_max_len(1).for_each(run);
+        (0..tasks.len()).into_par_iter().with_max_len(1).for_each(run);
     }
 }
 

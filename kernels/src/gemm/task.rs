@@ -19,6 +19,7 @@ pub(super) fn run_task(
     kernel: &MicroKernel,
     part: &Part<'_>,
     t: &Task,
+    next: Option<&Task>,
     a_room: &mut Room,
     b_room: &mut Room,
 ) {
@@ -41,7 +42,10 @@ pub(super) fn run_task(
                 let copies = strip == 0 && strips > 1;
                 let ahead =
                     if matches!(part.b, At::InPlace(_)) && (term > first_term || (row > t.row && strip + 1 < strips)) {
-                        next_block(g, part, t, (term + terms, last_term), ((row - t.row) / mr, strip), (mr, strips))
+                        let is_last = term + terms == last_term;
+                        let (of, term) = if is_last { (next, first_term) } else { (Some(t), term + terms) };
+                        let tile = ((row - t.row) / mr * strips + strip, t.rows.div_ceil(mr) * strips);
+                        of.and_then(|of| block_ahead(g, part, of, (term, last_term), tile))
                     } else if row == t.row && strip + 1 < strips {
                         let (start, stride, _) = b.strip(column + nr, row > t.row);
                         Some(Ahead { start, run: 1, stride, pairs: terms })
@@ -97,14 +101,13 @@ fn next_rows(
     (strip + 1 == strips).then_some(Ahead { start, run: 1, stride: g.a_col_stride, pairs: terms })
 }
 
-/// The part that one tile asks for of the terms of A and of B in place that come after these.
-fn next_block(
+/// The part that one tile of several asks for of a block of terms of A and of B in place, which a task will come to.
+fn block_ahead(
     g: &Gemm<'_>,
     part: &Part<'_>,
     t: &Task,
     (term, last_term): (usize, usize),
-    (group, strip): (usize, usize),
-    (rows, strips): (usize, usize),
+    (tile, tiles): (usize, usize),
 ) -> Option<Ahead> {
     let (At::InPlace(b_stride), Right::Strided(b, _)) = (part.b, g.b) else { return None };
     let terms = K_BLOCK.min(last_term - term);
@@ -115,7 +118,6 @@ fn next_block(
     };
     let a = lines(g.a.as_ptr().wrapping_add(t.row + term * g.a_col_stride), t.rows);
     let b = lines(b.as_ptr().wrapping_add(t.column + term * b_stride), t.columns);
-    let (tile, tiles) = (group * strips + strip, t.rows.div_ceil(rows) * strips);
     let a_tiles = (tiles * a.1).div_ceil(a.1 + b.1);
     let ((start, run), stride, tile, tiles) = if tile < a_tiles {
         (a, g.a_col_stride, tile, a_tiles)
