@@ -11,7 +11,7 @@ use tandem_collective::Tag;
 use tandem_store::{Published, Staging};
 
 use super::file::{CHUNK, header_of};
-use crate::parallel::{Placement, bytes};
+use crate::parallel::{Placement, SliceBuffer, bytes};
 use crate::train::LocalBuffer;
 use crate::{Engine, Error, Result, Train};
 
@@ -19,12 +19,13 @@ use crate::{Engine, Error, Result, Train};
 const TAG: Tag = Tag::new("what ranks have not told each other", 0);
 
 /// The first moments of a unit that every rank has others of, on average. All data-parallel ranks call it together.
-pub(super) fn mean(placement: &Placement, moments: &[f32]) -> Result<Vec<f32>> {
+pub(super) fn mean(placement: &Placement, moments: &SliceBuffer) -> Result<SliceBuffer> {
     let data = &placement.parallel.data;
     let mut mean = moments.to_vec();
+    moments.let_go();
     data.world().all_reduce_sum_f32(data.tag("mean of momenta"), &mut mean)?;
     mean.iter_mut().for_each(|mean| *mean /= data.size() as f32);
-    Ok(mean)
+    Ok(SliceBuffer::Memory(mean))
 }
 
 /// Name of what `rank` has of `buffer` in the file.

@@ -55,6 +55,7 @@ pub fn save_engine(engine: &Engine<Train>, name: &str, mut staging: Option<&mut 
         }),
     };
     let errors = local::save(engine, &errors(name), &mut staging);
+    optimizer.let_go();
     weights.and(first).and(second).and(errors)
 }
 
@@ -196,13 +197,14 @@ fn save_units(
     }
 }
 
-/// A unit of what ranks hold in slices as an optimizer does, this one in `slice`, whole on rank 0.
-fn whole_slice(model: &Model, placement: &Placement, slice: &[f32], index: usize) -> Result<Option<UnitBuffer>> {
+/// A unit of what ranks hold in slices as an optimizer does, this one in `slice`, whole on rank 0. The slice is let go of.
+fn whole_slice(model: &Model, placement: &Placement, slice: &SliceBuffer, index: usize) -> Result<Option<UnitBuffer>> {
     let (spec, content, parallel) = (model.spec(), &model.trained_content(), model.parallel());
     let layout = &model.trained_layouts()[index];
     let slicing = slicing(layout.len(), placement);
     if parallel.world.is_solo() {
         let unit = UnitBuffer::from_vec(layout, slice[..layout.len()].to_vec())?;
+        slice.let_go();
         return Ok(Some(to_whole(spec, content, &unit)?));
     }
     // Only unit `index` is asked for.
@@ -211,7 +213,9 @@ fn whole_slice(model: &Model, placement: &Placement, slice: &[f32], index: usize
         Ok(())
     };
     let sliced = slicing.ranks > 1;
-    Distributed { spec, content, parallel, sliced, read: &read }.whole_unit(index)
+    let whole = Distributed { spec, content, parallel, sliced, read: &read }.whole_unit(index);
+    slice.let_go();
+    whole
 }
 
 /// Fills this rank's slices from whole units.
@@ -226,6 +230,7 @@ fn fill_slices(
         let unit = from_whole(model.spec(), &content, &whole(index)?, model.cut())?;
         let range = slicing(layout.len(), placement).range(slice_rank(placement));
         with_slice(unit.flat(), |values| slices[index][..range.len()].copy_from_slice(&values[range]))?;
+        slices[index].let_go();
     }
     Ok(())
 }

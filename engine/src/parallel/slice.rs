@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use memmap2::MmapMut;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use serde::{Deserialize, Serialize};
 
 use crate::model::unit::BLOCK_ELEMENTS;
@@ -41,7 +43,8 @@ impl Slicing {
     }
 }
 
-/// What is kept in files instead of memory, for models that the memory does not hold.
+/// What is kept in files instead of memory, for models that the memory does not hold. This process has pages of it in memory
+/// only while it works on them: of moments, those of one unit at a time, or less.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Offload {
@@ -89,7 +92,18 @@ impl SliceBuffer {
         }
         let mut buffer = Self::zeros(values.len(), dir)?;
         buffer.copy_from_slice(&values);
+        buffer.let_go();
         Ok(buffer)
+    }
+
+    /// Says that the numbers are not needed for a while. The pages of a file that were touched leave this process; what was
+    /// written to them is the system's to bring to the disk, and the next access maps them again. Numbers in memory stay.
+    pub fn let_go(&self) {
+        #[cfg(unix)]
+        if let Self::File(map) = self {
+            // SAFETY: the mapping is shared, so what was written to it stays with the file. A refusal costs memory, no more.
+            let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+        }
     }
 }
 
@@ -148,5 +162,34 @@ mod tests {
         assert!(matches!(file, SliceBuffer::File(_)));
         assert_eq!((file.len(), file[0], file[2999]), (3000, 1.5, -2.0));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the file has no name");
+    }
+
+    /// KiB of the buffer's mapping that this process has in memory.
+    #[cfg(target_os = "linux")]
+    fn resident_kib(buffer: &SliceBuffer) -> usize {
+        let start = format!("{:x}-", buffer.as_ptr().addr());
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let line = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_let_go_of_leaves_the_process_and_keeps_its_numbers() {
+        let (dir, len) = (tempfile::tempdir().unwrap(), 1 << 20);
+        let values: Vec<f32> = (0..len).map(|index| index as f32).collect();
+        let mut buffer = SliceBuffer::of(values.clone(), Some(dir.path())).unwrap();
+        assert_eq!(resident_kib(&buffer), 0, "written, and not needed yet");
+        for round in 1..4 {
+            buffer.iter_mut().for_each(|value| *value += 1.0);
+            assert_eq!(resident_kib(&buffer), 4 << 10, "all of it was touched");
+            buffer.let_go();
+            assert_eq!(resident_kib(&buffer), 0);
+            assert!(buffer.iter().zip(&values).all(|(now, value)| *now == value + round as f32));
+        }
+        let memory = SliceBuffer::of(values.clone(), None).unwrap();
+        memory.let_go();
+        assert!(memory[..] == values);
     }
 }

@@ -228,7 +228,9 @@ impl Weights {
                 let (data, lent) = (&sliced.parallel.data, &state.slices[index]);
                 data.world().settle(data.tag("take back weights"), &|| Arc::strong_count(lent) == 1)?;
                 let slice = Arc::get_mut(&mut state.slices[index]).ok_or(Error::WeightsInUse)?;
-                Ok(change(&mut slice[..range.len()]))
+                let result = change(&mut slice[..range.len()]);
+                slice.let_go();
+                Ok(result)
             }
         }
     }
@@ -247,7 +249,7 @@ impl Weights {
                 let part = whole.master(index)?.flat().narrow(0, range.start, range.len())?;
                 Ok(with_slice(&part, read)?)
             }
-            Weights::Sliced(sliced) => Ok(read(&sliced.lock().slices[index][..range.len()])),
+            Weights::Sliced(sliced) => Ok(sliced.with_slice(index, |slice| read(&slice[..range.len()]))),
         }
     }
 
@@ -282,7 +284,11 @@ impl Sliced {
     /// A deep copy.
     pub(crate) fn duplicate(&self) -> Result<Self> {
         let state = self.lock();
-        let copy = |slice: &Arc<SliceBuffer>| Arc::new(SliceBuffer::Memory(slice.to_vec()));
+        let copy = |slice: &Arc<SliceBuffer>| {
+            let copy = Arc::new(SliceBuffer::Memory(slice.to_vec()));
+            slice.let_go();
+            copy
+        };
         let kept = state.kept.iter().map(|kept| if matches!(kept, Kept::No) { Kept::No } else { Kept::Stale });
         let state = State {
             slices: state.slices.iter().map(copy).collect(),
@@ -302,7 +308,9 @@ impl Sliced {
     /// Runs `read` on this rank's slice of a unit, padding included.
     pub(crate) fn with_slice<R>(&self, index: usize, read: impl FnOnce(&[f32]) -> R) -> R {
         let slice = self.lock().slices[index].clone();
-        read(&slice)
+        let result = read(&slice);
+        slice.let_go();
+        result
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -351,6 +359,8 @@ impl Sliced {
             Precision::F32 => with_slice_mut(&room, |all| work.wait_into(all))??,
             Precision::Bf16 => with_slice_mut_of(&room, |all: &mut [bf16]| words::wait_into(work, all))??,
         }
+        // Where peers still read it, they bring back what they miss.
+        self.lock().slices[index].let_go();
         let buffer = UnitBuffer::on(layout, room.clone())?;
         Ok(Fetched { buffer, home: (!is_kept).then(|| (self.clone(), room)) })
     }
@@ -372,10 +382,11 @@ impl Sliced {
         if !layout.is_empty() {
             let gather = |all: &mut [f32]| data.world().all_gather_f32(data.tag("gather master weights"), &slice, all);
             with_slice_mut(&room, gather)??;
+            slice.let_go();
         }
         UnitBuffer::on(layout, room)
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

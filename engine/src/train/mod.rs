@@ -9,6 +9,7 @@ mod optimizer;
 pub(crate) mod schedule;
 mod update;
 
+pub use adamw::MOMENTS_AT_ONCE;
 pub(crate) use compressed::LocalBuffer;
 pub use ema::Ema;
 pub use kind::OptimizerKind;

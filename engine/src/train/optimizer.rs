@@ -97,6 +97,11 @@ impl Optimizer {
         fill([&mut self.first, &mut self.second])
     }
 
+    /// Lets go of whatever is in files; see [`SliceBuffer::let_go`].
+    pub(crate) fn let_go(&self) {
+        self.first.iter().chain(&self.second).chain(self.compressed.buffers()).for_each(SliceBuffer::let_go);
+    }
+
     /// What becomes of the gradients of the next step.
     pub(crate) fn reduction(&self) -> Reduction {
         self.config.kind.reduction(self.step + 1)
@@ -143,7 +148,10 @@ impl Optimizer {
     /// [`Self::local`] names was not restored.
     pub(crate) fn resume(&mut self, model: &Model, joined: Option<u64>) -> Result<()> {
         let (config, step) = (self.config, self.step);
-        self.compressed.local_steps_mut().map_or(Ok(()), |steps| steps.resume(&config, model, step, joined))
+        let resumed =
+            self.compressed.local_steps_mut().map_or(Ok(()), |steps| steps.resume(&config, model, step, joined));
+        self.let_go();
+        resumed
     }
 
     /// Brings the weights of ranks that have made steps by themselves together.
@@ -152,7 +160,10 @@ impl Optimizer {
             return Ok(());
         }
         let Self { config, step, first, second, compressed } = self;
-        compressed.local_steps_mut().map_or(Ok(()), |steps| steps.join(config, model, *step, first, second))
+        let joined =
+            compressed.local_steps_mut().map_or(Ok(()), |steps| steps.join(config, model, *step, first, second));
+        self.let_go();
+        joined
     }
 
     /// Its knobs.
@@ -198,6 +209,7 @@ impl Optimizer {
         let scale = (clip * ranks as f64 / denominator) as f32;
         let update = Update { config: &self.config, model, grads, step: self.step, lr, scale };
         self.compressed.step(&update, &mut self.first, &mut self.second)?;
+        self.let_go();
         model.trained().spread(model.parallel(), grads.slicing(0).ranks)?;
         Ok(StepOutcome { lr, grad_norm, applied: true, wire_bytes: 0 })
     }

@@ -68,7 +68,8 @@ pub struct RoleConfig {
     pub weights: WeightFormat,
 }
 
-/// What is kept in files that the system maps into memory: it holds as much of them as is free.
+/// What is kept in files. A process maps into memory what it works on, moments of one unit at a time or less, and lets go of
+/// it after; the system keeps as much of the files in memory as is free.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Offload {

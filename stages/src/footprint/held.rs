@@ -6,6 +6,7 @@ use tandem_engine::generate::CacheSize;
 use tandem_engine::model::spec::ModelSpec;
 use tandem_engine::model::unit::Head;
 use tandem_engine::parallel::LARGE_PASS;
+use tandem_engine::train::MOMENTS_AT_ONCE;
 
 use super::share::{Units, int8_bytes};
 use super::{Case, F32, Held, Phase, SLOTS};
@@ -86,6 +87,12 @@ impl Case<'_> {
         let moments = if optimizer.kind == OptimizerKind::SignSgd { 1 } else { 2 };
         let in_files = settings.offload != Offload::None;
         parts.push(part(format!("{name}: optimizer moments"), moments * kept(trained, 1), in_files));
+        if in_files {
+            let ranks = if zero_stage >= 1 { mesh.data as u64 } else { 1 };
+            let most = if optimizer.kind == OptimizerKind::Adamw { MOMENTS_AT_ONCE as u64 } else { u64::MAX };
+            let at_once = moments * trained.largest().div_ceil(ranks).min(most);
+            parts.push(at_work(format!("{name}: moments that are updated at once"), at_once));
+        }
         if matches!(optimizer.kind, OptimizerKind::OneBitAdam | OptimizerKind::ZeroOneAdam) && mesh.data > 1 {
             // What a rank's own signs leave out, and what those of its slice of the sum do.
             let errors = trained.total() + trained.slice(mesh.data);

@@ -83,6 +83,7 @@ fn small_units_and_files_are_set_apart() {
 
     let files = footprint("actor = { zero_stage = 1, offload = 'optimizer' }", Stage::Sft, mesh(4, 1, 1));
     assert_eq!((files.file_bytes(), held(&files, "actor: optimizer moments")), (2 * parameters(), 0));
+    assert_eq!(held(&files, "actor: moments that"), 2 * block, "a quarter of both, while the unit is updated");
     let files = footprint("actor = { zero_stage = 3, offload = 'all' }", Stage::Sft, mesh(4, 1, 1));
     assert_eq!(files.file_bytes(), 3 * parameters());
     assert!(files.to_string().contains("in files"), "{files}");

@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use tandem_engine::parallel::{Offload, Placement};
 use tandem_engine::{Precision, WeightFormat};
 use tandem_kernels::profile;
 use tandem_stages::monitor::breakdown;
@@ -62,6 +63,25 @@ impl Format {
     }
 }
 
+/// What trained models keep in files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Files {
+    /// Nothing.
+    None,
+    /// The moments of the optimizer.
+    Optimizer,
+}
+
+impl Files {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Files::None => "none",
+            Files::Optimizer => "optimizer",
+        }
+    }
+}
+
 /// Most tokens in one forward, unless told otherwise.
 pub(super) const TOKENS_PER_MICRO_BATCH: usize = 4096;
 
@@ -87,6 +107,10 @@ pub struct Case {
     /// ZeRO stage of the trained models, 0 to 3.
     #[arg(long, default_value_t = 0)]
     pub zero_stage: u8,
+    /// What trained models keep in files. These lie in the system's folder for temporary files, which `TMPDIR` names; in one that
+    /// is itself in memory nothing is won.
+    #[arg(long, value_enum, default_value = "none")]
+    pub offload: Files,
     /// Compute activations again in the backward.
     #[arg(long)]
     pub recompute: bool,
@@ -117,6 +141,7 @@ impl Case {
             int8: false,
             ranks: 1,
             zero_stage: 0,
+            offload: Files::None,
             recompute: false,
             tokens_per_micro_batch: TOKENS_PER_MICRO_BATCH,
             steps: 5,
@@ -129,6 +154,16 @@ impl Case {
     /// What the linear maps of models that are not trained are kept in.
     pub fn weights(&self) -> WeightFormat {
         if self.int8 { WeightFormat::Int8 } else { WeightFormat::Precision }
+    }
+
+    /// `placement` for a model that is trained.
+    pub(super) fn trained(&self, placement: Placement) -> Placement {
+        let offload = match self.offload {
+            Files::None => Offload::None,
+            Files::Optimizer => Offload::Optimizer,
+        };
+        let (precision, offload_dir) = (self.precision.precision(), Some(std::env::temp_dir()));
+        Placement { precision, offload, offload_dir, ..placement }
     }
 
     /// Threads of all ranks together.
@@ -163,7 +198,7 @@ impl Case {
     pub fn run_apart(&self) -> Result<Measured, BenchError> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["case", self.work.name(), "--shape", self.shape.name()]);
-        command.args(["--precision", self.precision.name()]);
+        command.args(["--precision", self.precision.name(), "--offload", self.offload.name()]);
         for (name, value) in [
             ("--ranks", self.ranks),
             ("--zero-stage", usize::from(self.zero_stage)),

@@ -17,7 +17,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use tandem_kernels::profile;
 
-pub use case::{Case, Format, Work};
+pub use case::{Case, Files, Format, Work};
 pub use shape::Shape;
 pub use table::TableArgs;
 pub use zero::ZeroArgs;

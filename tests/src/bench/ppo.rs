@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use tandem_engine::generate::{Finish, SamplingKey};
 use tandem_engine::model::unit::Head;
+use tandem_engine::parallel::Placement;
 use tandem_engine::{Engine, Model, Packed};
 use tandem_kernels::sample::SamplingParams;
 use tandem_stages::ppo::advantage::{RewardShape, gae};
@@ -33,10 +34,11 @@ pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
 /// Seconds of each phase of each iteration.
 fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
     let (spec, team) = (case.shape.spec(), Team::solo());
-    let precision = case.precision.precision();
-    let model = |head, seed| Model::initial(spec.clone(), head, seed);
-    let mut actor = Engine::new(model(Head::Language, 1234)?.with_precision(precision)?, optimizer())?;
-    let mut critic = Engine::new(model(Head::Scalar, 1235)?.with_precision(precision)?, optimizer())?;
+    let engine = |head, seed| {
+        let model = Model::initial(spec.clone(), head, seed)?.with_precision(case.precision.precision())?;
+        Engine::placed(model, optimizer(), case.trained(Placement::solo()))
+    };
+    let (mut actor, mut critic) = (engine(Head::Language, 1234)?, engine(Head::Scalar, 1235)?);
     let (reference, reward) = (frozen(case, Head::Language, 1234)?, frozen(case, Head::Scalar, 1236)?);
     let rollout = RolloutConfig {
         sampling: SamplingParams::default(),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::case::{Case, Format, TOKENS_PER_MICRO_BATCH, Work};
+use super::case::{Case, Files, Format, TOKENS_PER_MICRO_BATCH, Work};
 use super::peers::{Peer, libraries, variants};
 use super::{BenchError, Measured, Shape, median};
 
@@ -32,6 +32,9 @@ pub struct TableArgs {
     /// Steps of a measurement.
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
+    /// What our trained models keep in files.
+    #[arg(long, value_enum, default_value = "none")]
+    pub offload: Files,
     /// Most tokens in one forward of ours.
     #[arg(long, default_value_t = TOKENS_PER_MICRO_BATCH)]
     pub tokens_per_micro_batch: usize,
@@ -62,8 +65,8 @@ impl TableArgs {
     }
 
     fn row(&self, work: Work, shape: Shape, precision: Format) -> Result<(), BenchError> {
-        let Self { steps, tokens_per_micro_batch, .. } = *self;
-        let case = Case { steps, precision, tokens_per_micro_batch, ..Case::new(work, shape) };
+        let Self { steps, offload, tokens_per_micro_batch, .. } = *self;
+        let case = Case { steps, precision, offload, tokens_per_micro_batch, ..Case::new(work, shape) };
         let precision = precision.name();
         let ours_alone = |ours: &Measured| {
             format!(

@@ -78,6 +78,12 @@ impl Compressed {
         }
     }
 
+    /// What is kept as moments are, in memory or in files.
+    pub(super) fn buffers(&self) -> impl Iterator<Item = &SliceBuffer> {
+        let steps = if let Self::ZeroOne(steps) = self { Some(steps) } else { None };
+        steps.into_iter().flat_map(LocalSteps::buffers)
+    }
+
     /// Whether ranks have first moments of their own after step `step`.
     pub(super) fn has_local_moments(&self, step: u64) -> bool {
         match self {

@@ -28,6 +28,8 @@ pub(super) fn step(
             zero_where_no_variance(m, v);
         }
         update.adam(unit, m, v)?;
+        m.let_go();
+        v.let_go();
     }
     Ok(())
 }

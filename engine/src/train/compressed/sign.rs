@@ -45,6 +45,7 @@ impl Votes {
             update.momentum(unit, m)?;
             let layout = &self.layouts[unit];
             let mut vote = pack(layout, m);
+            m.let_go();
             vote.iter_mut().for_each(|vote| *vote *= turn);
             if let Some(left_out) = &mut self.left_out {
                 remember(&mut vote, &mut left_out[unit], turn);

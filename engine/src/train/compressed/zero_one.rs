@@ -75,6 +75,10 @@ impl LocalSteps {
         &self.anchor
     }
 
+    pub(super) fn buffers(&self) -> impl Iterator<Item = &SliceBuffer> {
+        self.anchor.iter().chain(&self.moved)
+    }
+
     /// The step after which ranks last had the same weights.
     pub(crate) fn joined(&self) -> u64 {
         self.joined
