@@ -16,7 +16,7 @@ impl Model {
         batch.check(self.spec.max_positions)?;
         let pass = self.pass_to(batch, rows, None);
         let mut x = if self.parallel.is_first_stage() {
-            let ends = self.unit(0, self.blocks.clone().map(|block| block + 1))?;
+            let ends = self.unit_of_pass(0, batch.tokens(), self.blocks.clone().map(|block| block + 1))?;
             self.ends(&ends).embed(&batch.ids, &pass)?.0
         } else {
             pipeline::receive_rows(&self.parallel, batch.tokens(), self.spec.hidden, pipeline::Direction::Forward)?
@@ -45,7 +45,7 @@ impl Model {
         let out = match self.hidden(batch, rows)? {
             None => None,
             Some(x) => {
-                let ends = self.unit(0, None)?;
+                let ends = self.unit_of_pass(0, batch.tokens(), None)?;
                 let out = self.ends(&ends).log_probs(&read(&self.ends(&ends), &x, batch, rows)?, labels)?;
                 Some([out.logp, out.entropy])
             }
@@ -63,7 +63,7 @@ impl Model {
         let out = match self.hidden(batch, rows)? {
             None => None,
             Some(x) => {
-                let ends = self.unit(0, None)?;
+                let ends = self.unit_of_pass(0, batch.tokens(), None)?;
                 Some([self.ends(&ends).scores(&read(&self.ends(&ends), &x, batch, rows)?)?])
             }
         };
@@ -96,7 +96,7 @@ impl Model {
         let whole = || Error::Mesh("logits of all rows are computed on the last stage of a pipeline only".into());
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let x = self.hidden(batch, &rows)?.ok_or_else(whole)?;
-        let ends = self.unit(0, None)?;
+        let ends = self.unit_of_pass(0, batch.tokens(), None)?;
         self.ends(&ends).all_logits(&read(&self.ends(&ends), &x, batch, &rows)?)
     }
 

@@ -292,7 +292,7 @@ impl Model {
         &self.attention
     }
 
-    /// The weights and adapters of unit `index`, while those of `next` may already be on their way.
+    /// The weights and adapters of unit `index` for a pass over few tokens, while those of `next` may already be on their way.
     fn unit(&self, index: usize, next: impl IntoIterator<Item = usize, IntoIter: Clone>) -> Result<Unit> {
         self.unit_of_pass(index, 0, next)
     }

@@ -60,7 +60,7 @@ impl Model {
         check_targets(batch.tokens(), rows, None)?;
         let pass = self.pass_to(batch, rows, self.dropout_of(dropout, batch));
         let (mut x, embed) = if self.parallel.is_first_stage() {
-            let ends = self.unit(0, self.blocks.clone().map(|block| block + 1))?;
+            let ends = self.unit_of_pass(0, batch.tokens(), self.blocks.clone().map(|block| block + 1))?;
             let (x, embed) = self.ends(&ends).embed(&batch.ids, &pass)?;
             (x, Some(embed))
         } else {
@@ -195,7 +195,7 @@ impl Trace<'_> {
             self.backward(None, grads)?;
             return Ok(None);
         };
-        let unit = self.model.unit(0, self.model.last_block())?;
+        let unit = self.model.unit_of_pass(0, self.batch.tokens(), self.model.last_block())?;
         let ends = self.model.ends(&unit);
         let selected = ends.head_rows(&x, self.head_rows(&x))?;
         let buffer = grads.open(0)?;
@@ -226,7 +226,7 @@ impl Trace<'_> {
             self.backward(None, grads)?;
             return Ok(None);
         };
-        let unit = self.model.unit(0, self.model.last_block())?;
+        let unit = self.model.unit_of_pass(0, self.batch.tokens(), self.model.last_block())?;
         let ends = self.model.ends(&unit);
         let selected = ends.head_rows(&x, self.head_rows(&x))?;
         let scores = ends.scores(&selected.h)?;
@@ -286,7 +286,8 @@ impl Trace<'_> {
                 }
             }
             Some(embed) => {
-                let unit = if model.embeds_with_projection() { Some(model.unit(0, None)?) } else { None };
+                let projection = model.embeds_with_projection().then(|| model.unit_of_pass(0, batch.tokens(), None));
+                let unit = projection.transpose()?;
                 let buffer = grads.open(0)?;
                 if model.shares_embedding() {
                     pipeline::receive_ends(parallel, buffer.flat())?;

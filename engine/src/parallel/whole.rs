@@ -6,9 +6,9 @@ use crate::Result;
 use crate::model::unit::{UnitBuffer, UnitId, UnitLayout};
 use crate::precision::Precision;
 
-/// Tokens from which on a pass makes the bf16 copy of a block whenever it comes to it, and lets it go. What such a pass keeps
+/// Tokens from which on a pass makes the bf16 copy of a unit whenever it comes to it, and lets it go. What such a pass keeps
 /// for its backward is more than all copies together, and computing takes a hundred times as long as copying; those of
-/// smaller passes are kept until the weights change.
+/// smaller passes are kept until the weights change or a large pass comes.
 pub const LARGE_PASS: usize = 1024;
 
 /// The weights of units that this rank has whole.
@@ -36,10 +36,8 @@ pub(crate) enum Packing {
 struct Held {
     /// What is trained, in f32; of a model that is not trained, the weights in the format that it computes in.
     master: UnitBuffer,
-    /// The weights in the format that passes compute in, if the master weights are in another one.
+    /// The weights as they are now in the format that passes compute in, if the master weights are in another one.
     copy: Option<UnitBuffer>,
-    /// Whether the copy is of the weights as they are now.
-    is_fresh: bool,
     packing: Packing,
     /// The weights with their packed matrices, as they are now.
     packed: Option<UnitBuffer>,
@@ -49,7 +47,7 @@ impl Whole {
     /// Units that compute in `precision`.
     pub(crate) fn new(masters: Vec<UnitBuffer>, precision: Precision) -> Self {
         let layouts = masters.iter().map(|unit| unit.layout().clone()).collect();
-        let held = |master| Held { master, copy: None, is_fresh: false, packing: Packing::None, packed: None };
+        let held = |master| Held { master, copy: None, packing: Packing::None, packed: None };
         Self { layouts, precision, units: masters.into_iter().map(|master| Mutex::new(held(master))).collect() }
     }
 
@@ -113,7 +111,9 @@ impl Whole {
         let unit = if is_master {
             held.master.clone()
         } else {
-            held.narrowed(!(instead || is_block && tokens >= LARGE_PASS))?
+            // What is packed holds the others too.
+            let keeps = held.packing == Packing::None && tokens < LARGE_PASS;
+            held.narrowed(keeps)?
         };
         match held.packing {
             Packing::None => Ok(unit),
@@ -132,7 +132,7 @@ impl Whole {
     /// Says that the master weights of a unit have changed.
     pub(crate) fn changed(&self, index: usize) {
         let mut held = self.held(index);
-        held.is_fresh = false;
+        held.copy = None;
         held.packed = None;
     }
 
@@ -152,7 +152,7 @@ impl Whole {
     }
 
     fn held(&self, index: usize) -> MutexGuard<'_, Held> {
-        // What a panic leaves is either not fresh or whole.
+        // What a panic leaves is either not there or whole.
         self.units[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -160,18 +160,46 @@ impl Whole {
 impl Held {
     /// The master weights in bf16: from a copy if there is one, which is kept or made only if `keeps`.
     fn narrowed(&mut self, keeps: bool) -> Result<UnitBuffer> {
-        let copy = match self.copy.take() {
-            Some(copy) if self.is_fresh => copy,
-            Some(copy) if keeps => {
-                copy.narrow_from(&self.master)?;
-                copy
-            }
-            _ => self.master.narrowed()?,
-        };
-        if keeps {
-            self.copy = Some(copy.clone());
-            self.is_fresh = true;
-        }
+        let copy = self.copy.take().map_or_else(|| self.master.narrowed(), Ok)?;
+        self.copy = keeps.then(|| copy.clone());
         Ok(copy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::parallel::weights::tests::layouts;
+
+    /// What a pass over `tokens` tokens computes with, and whether a copy stays.
+    fn computed(whole: &Whole, index: usize, tokens: usize) -> (Vec<bf16>, bool) {
+        let unit = whole.computed(index, tokens).unwrap();
+        (unit.flat().to_vec1().unwrap(), whole.held(index).copy.is_some())
+    }
+
+    #[test]
+    fn a_copy_stays_until_the_weights_change_or_a_large_pass_comes() {
+        let units: Vec<_> = layouts().iter().map(|layout| UnitBuffer::initial(layout, 5).unwrap()).collect();
+        let whole = Whole::new(units, Precision::Bf16);
+        for index in 0..whole.layouts().len() {
+            let first = computed(&whole, index, LARGE_PASS);
+            assert!(!first.1, "the ends as well as a block");
+            assert_eq!(computed(&whole, index, LARGE_PASS - 1), (first.0.clone(), true));
+            assert_eq!(computed(&whole, index, LARGE_PASS), (first.0.clone(), false));
+            assert!(computed(&whole, index, 1).1);
+            let master = whole.master(index).unwrap();
+            master.clear().unwrap();
+            whole.changed(index);
+            assert!(whole.held(index).copy.is_none());
+            let zeros = vec![bf16::ZERO; first.0.len()];
+            assert_ne!(first.0, zeros);
+            assert_eq!(computed(&whole, index, 1), (zeros, true));
+        }
+        // What is packed is all that is there.
+        whole.set_packing(Packing::Beside);
+        whole.changed(1);
+        assert!(!computed(&whole, 1, 1).1 && whole.held(1).packed.is_some());
     }
 }

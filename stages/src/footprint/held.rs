@@ -60,7 +60,9 @@ impl Case<'_> {
             parts.push(part(format!("{name}: weights"), weights, weights_in_files));
         }
         if is_narrow && is_trained && !is_sliced {
-            parts.push(always(format!("{name}: weights to compute with"), self.copies(&units)));
+            let is_kept = self.micro_batch_tokens() < LARGE_PASS;
+            let phase = (!is_kept).then_some(Phase::Computing(role));
+            parts.push(Held { phase, ..always(format!("{name}: weights to compute with"), self.copies(&units)) });
         }
         if is_sliced {
             let ahead = self.config.parallel.prefetch_units as u64;
@@ -107,15 +109,15 @@ impl Case<'_> {
         parts
     }
 
-    /// Bytes of what passes in bf16 compute with beside the weights that are trained: of large ones the ends and a block. Small
-    /// ones keep all blocks, but fewer activations.
+    /// Bytes of what passes in bf16 compute with beside the weights that are trained: of large ones a unit. Small ones keep all
+    /// units, but fewer activations.
     fn copies(&self, units: &Units) -> u64 {
         let (all, tokens) = (self.number() * units.total(), self.micro_batch_tokens());
         if tokens < LARGE_PASS {
             return all;
         }
         let spared = self.activations(tokens) - self.activations(LARGE_PASS - 1);
-        (self.number() * (units.ends + units.block)).max(all.saturating_sub(spared))
+        (self.number() * units.largest()).max(all.saturating_sub(spared))
     }
 
     /// The optimizer that moves `role`.
@@ -149,7 +151,9 @@ impl Case<'_> {
         // What is kept in 8 bits is packed, and in bf16 those of a copy's blocks are there instead of the plain ones: the head
         // remains.
         let is_instead = is_int8 || self.needs_copy() && self.number() != F32;
-        let packed = if is_instead { units.ends } else { units.total() };
+        // Of the ends in bf16 the plain ones are there too, for the embedding.
+        let looked_up = if self.number() == F32 { 0 } else { units.ends };
+        let packed = if is_instead { units.ends } else { units.total() + looked_up };
         parts.push(Held { what, bytes: self.number() * packed, file_bytes: 0, phase: Some(Phase::Generating) });
         let replicas = (self.mesh.world() / tensor).max(1);
         let slots = SLOTS.min(ppo.samples_per_iteration().div_ceil(replicas));

@@ -155,7 +155,7 @@ fn small_passes_keep_their_copies() {
     };
     let units = Units::of(&spec(), Head::Language, 1, 1);
     assert_eq!(copies(1023), 2 * units.total());
-    assert_eq!(copies(4096), 2 * (units.ends + units.block));
+    assert_eq!(copies(4096), 2 * units.largest());
     assert!((copies(4096)..=copies(1023)).contains(&copies(1024)));
 }
 
@@ -210,10 +210,10 @@ fn in_bf16_what_is_trained_stays_in_f32() {
     assert_eq!(2 * bytes("bf16", "reference: weights"), weights);
     assert_eq!(bytes("bf16", "actor: gradients"), bytes("f32", "actor: gradients"));
     assert_eq!(bytes("bf16", "actor: optimizer moments"), bytes("f32", "actor: optimizer moments"));
-    // The weights themselves, and of a copy of half the size the ends and one block.
+    // The weights themselves, and of a copy of half the size the largest unit.
     let units = Units::of(&spec(), Head::Language, 1, 1);
     let copied = bytes("bf16", "actor: weights") - bytes("f32", "actor: weights");
-    assert_eq!(copied, 2 * (units.ends + units.block));
+    assert_eq!(copied, 2 * units.largest());
     assert!(bytes("bf16", "actor: activations") < bytes("f32", "actor: activations"));
 }
 

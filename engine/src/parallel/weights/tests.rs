@@ -12,7 +12,7 @@ use crate::model::unit::Head;
 use crate::parallel::{Parallel, ParallelConfig};
 
 /// Layouts of a model of two blocks.
-fn layouts() -> Vec<Arc<UnitLayout>> {
+pub(in crate::parallel) fn layouts() -> Vec<Arc<UnitLayout>> {
     let config = json!({
         "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 16,
         "intermediate_size": 8, "max_position_embeddings": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu",
