@@ -1,6 +1,6 @@
 //! How ranks share the work: data × tensor × pipeline.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -309,6 +309,11 @@ impl Placement {
             offload: Offload::None,
             offload_dir: None,
         }
+    }
+
+    /// Where weights are kept in files, if they are.
+    pub(super) fn weights_dir(&self) -> Option<&Path> {
+        self.offload_dir.as_deref().filter(|_| self.offload == Offload::All)
     }
 }
 

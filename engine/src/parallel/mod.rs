@@ -6,6 +6,7 @@
 
 pub(crate) mod bytes;
 mod distributed;
+mod filed;
 mod gradients;
 mod group;
 mod mesh;

@@ -53,7 +53,8 @@ pub enum Offload {
     None,
     /// Optimizer state.
     Optimizer,
-    /// Optimizer state, and the slices of weights in stage 3.
+    /// Optimizer state, the slices of weights in stage 3, and the weights of models that are not trained but for those in 8
+    /// bits; of whole ones a pass reads each unit when it comes to it.
     All,
 }
 

@@ -9,7 +9,8 @@ use half::bf16;
 use tandem_collective::{Shared, Work};
 use tandem_kernels::slice::{with_slice, with_slice_mut, with_slice_mut_of};
 
-use super::slice::{Offload, SliceBuffer, Slicing};
+use super::filed::{Filed, Master};
+use super::slice::{SliceBuffer, Slicing};
 use super::whole::{Packing, Whole};
 use super::{Parallel, Placement, ZeroStage, words};
 use crate::model::unit::{UnitBuffer, UnitLayout};
@@ -106,12 +107,14 @@ impl Weights {
                 (WeightFormat::Precision, true) => unit(layout)?.narrowed(),
                 (WeightFormat::Precision, false) => padded(unit(layout)?, slicing(layout, placement)),
             });
-            return Ok(Weights::Whole(Arc::new(Whole::new(whole.collect::<Result<_>>()?, placement.precision))));
+            let files = placement.weights_dir().filter(|_| placement.is_frozen && format != WeightFormat::Int8);
+            let masters = whole.map(|unit| match files {
+                Some(dir) => Ok(Master::File(Filed::of(&unit?, dir)?)),
+                None => Ok(Master::Memory(unit?)),
+            });
+            return Ok(Weights::Whole(Arc::new(Whole::of(masters.collect::<Result<_>>()?, placement.precision))));
         }
-        let dir = match placement.offload {
-            Offload::All => placement.offload_dir.as_deref(),
-            Offload::None | Offload::Optimizer => None,
-        };
+        let dir = placement.weights_dir();
         let mut slices = Vec::with_capacity(layouts.len());
         for layout in layouts {
             let buffer = unit(layout)?;

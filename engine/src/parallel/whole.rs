@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::filed::Master;
 use crate::Result;
 use crate::model::unit::{UnitBuffer, UnitId, UnitLayout};
 use crate::precision::Precision;
@@ -35,7 +36,7 @@ pub(crate) enum Packing {
 #[derive(Debug)]
 struct Held {
     /// What is trained, in f32; of a model that is not trained, the weights in the format that it computes in.
-    master: UnitBuffer,
+    master: Master,
     /// The weights as they are now in the format that passes compute in, if the master weights are in another one.
     copy: Option<UnitBuffer>,
     packing: Packing,
@@ -46,6 +47,11 @@ struct Held {
 impl Whole {
     /// Units that compute in `precision`.
     pub(crate) fn new(masters: Vec<UnitBuffer>, precision: Precision) -> Self {
+        Self::of(masters.into_iter().map(Master::Memory).collect(), precision)
+    }
+
+    /// As [`Self::new`], of units wherever they are.
+    pub(super) fn of(masters: Vec<Master>, precision: Precision) -> Self {
         let layouts = masters.iter().map(|unit| unit.layout().clone()).collect();
         let held = |master| Held { master, copy: None, packing: Packing::None, packed: None };
         Self { layouts, precision, units: masters.into_iter().map(|master| Mutex::new(held(master))).collect() }
@@ -63,25 +69,26 @@ impl Whole {
 
     /// Whether matrices of blocks are kept in 8 bits.
     pub(crate) fn is_int8(&self) -> bool {
-        (0..self.units.len()).any(|index| self.held(index).master.is_int8())
+        let is_int8 = |master: &Master| matches!(master, Master::Memory(unit) if unit.is_int8());
+        (0..self.units.len()).any(|index| is_int8(&self.held(index).master))
     }
 
     /// The weights of a unit that are trained; of a model that is not trained, those in the format that it computes in.
     pub(crate) fn master(&self, index: usize) -> Result<UnitBuffer> {
-        self.held(index).master.plain()
+        self.held(index).master.read()?.plain()
     }
 
     /// Room for the weights of a unit: where they lie, or, if they are packed, new room instead of them.
     pub(crate) fn room(&self, index: usize) -> Result<UnitBuffer> {
         let mut held = self.held(index);
         held.packed = None;
-        if !held.master.is_plain() {
+        if !matches!(&held.master, Master::Memory(unit) if unit.is_plain()) {
             let (layout, dtype) = (held.master.layout().clone(), held.master.dtype());
             // The packed ones go before the new room comes.
-            held.master = UnitBuffer::zeros_of(&Arc::new(layout.emptied()), dtype)?;
-            held.master = UnitBuffer::zeros_of(&layout, dtype)?;
+            held.master = Master::Memory(UnitBuffer::zeros_of(&Arc::new(layout.emptied()), dtype)?);
+            held.master = Master::Memory(UnitBuffer::zeros_of(&layout, dtype)?);
         }
-        Ok(held.master.clone())
+        held.master.read()
     }
 
     /// All units, each as [`Self::master`] and let go of here if nobody else has them.
@@ -93,7 +100,7 @@ impl Whole {
         };
         own.reverse();
         (0..count).map(move |index| match (own.pop(), &shared) {
-            (Some(unit), _) => unit.into_inner().unwrap_or_else(PoisonError::into_inner).master.plain(),
+            (Some(unit), _) => unit.into_inner().unwrap_or_else(PoisonError::into_inner).master.read()?.plain(),
             (None, Some(shared)) => shared.master(index),
             (None, None) => unreachable!("a unit for each index"),
         })
@@ -109,7 +116,7 @@ impl Whole {
         let instead = is_block && held.packing == Packing::Instead && self.precision == Precision::Bf16;
         let is_master = held.master.dtype() == self.precision.dtype();
         let unit = if is_master {
-            held.master.clone()
+            held.master.read()?
         } else {
             // What is packed holds the others too.
             let keeps = held.packing == Packing::None && tokens < LARGE_PASS;
@@ -118,9 +125,10 @@ impl Whole {
         match held.packing {
             Packing::None => Ok(unit),
             _ if !unit.is_plain() => Ok(unit),
-            _ if instead && is_master => {
-                held.master = unit.packed_instead()?;
-                Ok(held.master.clone())
+            _ if instead && is_master && matches!(held.master, Master::Memory(_)) => {
+                let packed = unit.packed_instead()?;
+                held.master = Master::Memory(packed.clone());
+                Ok(packed)
             }
             _ => {
                 let packed = if instead { unit.packed_instead()? } else { unit.packed()? };
@@ -160,7 +168,7 @@ impl Whole {
 impl Held {
     /// The master weights in bf16: from a copy if there is one, which is kept or made only if `keeps`.
     fn narrowed(&mut self, keeps: bool) -> Result<UnitBuffer> {
-        let copy = self.copy.take().map_or_else(|| self.master.narrowed(), Ok)?;
+        let copy = self.copy.take().map_or_else(|| self.master.read()?.narrowed(), Ok)?;
         self.copy = keeps.then(|| copy.clone());
         Ok(copy)
     }

@@ -9,10 +9,20 @@ use crate::Result;
 /// `values`, an even number of them, in bf16: two in each word.
 pub(super) fn narrowed(values: &[f32]) -> Result<Vec<f32>> {
     let mut words = vec![0f32; values.len() / 2];
-    // SAFETY: every pattern of bits is a bf16, and an f32 has room for two and the stricter alignment.
-    let (_, halves, _) = unsafe { words.align_to_mut::<bf16>() };
-    narrow_slice(values, halves)?;
+    narrow_slice(values, halves_mut(&mut words))?;
     Ok(words)
+}
+
+/// The numbers in words.
+pub(super) fn halves(words: &[f32]) -> &[bf16] {
+    // SAFETY: every pattern of bits is a bf16, and an f32 has room for two and the stricter alignment.
+    unsafe { words.align_to::<bf16>() }.1
+}
+
+/// As [`halves`], to be written.
+pub(super) fn halves_mut(words: &mut [f32]) -> &mut [bf16] {
+    // SAFETY: as in `halves`, and every pattern of bits is an f32.
+    unsafe { words.align_to_mut::<bf16>() }.1
 }
 
 /// Waits for a gather of words and writes the numbers in them.
@@ -24,8 +34,6 @@ pub(super) fn wait_into(work: Work, all: &mut [bf16]) -> Result<()> {
     }
     let mut words = vec![0f32; all.len() / 2];
     work.wait_into(&mut words)?;
-    // SAFETY: as in `narrowed`.
-    let (_, halves, _) = unsafe { words.align_to::<bf16>() };
-    all.copy_from_slice(halves);
+    all.copy_from_slice(halves(&words));
     Ok(())
 }

@@ -9,7 +9,5 @@ mod bytes;
 mod checkpoint;
 mod equal_twin;
 mod learning;
-#[cfg(target_os = "linux")]
-mod offload;
 mod refusals;
 mod signs;

@@ -78,7 +78,7 @@ pub enum Offload {
     None,
     /// The moments of the optimizer, which are read and written once per step.
     Optimizer,
-    /// Weights as well.
+    /// Weights as well: slices of `zero_stage = 3`, and those of a model that is not trained, unless `weights` is `"int8"`.
     All,
 }
 

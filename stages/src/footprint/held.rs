@@ -46,18 +46,25 @@ impl Case<'_> {
         };
         let (large, small) = units.persistent(self.config.parallel.persistence_threshold);
         let weights = if zero_stage == 3 { large.slice(mesh.data) + small.total() } else { units.total() };
-        let weights_in_files = settings.offload == Offload::All;
+        let is_sliced = zero_stage == 3 && mesh.data > 1;
+        let weights_in_files = settings.offload == Offload::All && (is_sliced || !is_trained);
         let (number, is_narrow) = (self.number(), self.number() != F32);
         let always = |what: String, bytes: u64| Held { what, bytes, file_bytes: 0, phase: None };
-        let is_sliced = zero_stage == 3 && mesh.data > 1;
         let mut parts = Vec::new();
         if !is_trained && settings.weights == WeightFormat::Int8 {
             let bytes = int8_bytes(self.spec, head, mesh.tensor, mesh.pipeline);
             parts.push(always(format!("{name}: weights, 8 bits"), bytes));
         } else if is_narrow && !is_trained && !is_sliced {
-            parts.push(always(format!("{name}: weights"), number * weights));
+            let (bytes, file_bytes) = if weights_in_files { (0, number * weights) } else { (number * weights, 0) };
+            parts.push(Held { bytes, file_bytes, ..always(format!("{name}: weights"), 0) });
         } else {
             parts.push(part(format!("{name}: weights"), weights, weights_in_files));
+        }
+        if weights_in_files && !is_sliced && settings.weights != WeightFormat::Int8 {
+            parts.push(Held {
+                bytes: number * units.largest(),
+                ..at_work(format!("{name}: a unit out of its file"), 0)
+            });
         }
         if is_narrow && is_trained && !is_sliced {
             let is_kept = self.micro_batch_tokens() < LARGE_PASS;

@@ -87,6 +87,16 @@ fn small_units_and_files_are_set_apart() {
     let files = footprint("actor = { zero_stage = 3, offload = 'all' }", Stage::Sft, mesh(4, 1, 1));
     assert_eq!(files.file_bytes(), 3 * parameters());
     assert!(files.to_string().contains("in files"), "{files}");
+
+    // Alone, a rank has whole weights: those that are not trained are read out of files a unit at a time.
+    for (precision, number) in [("f32", 4), ("bf16", 2)] {
+        let text = format!("run.precision = '{precision}'\nactor.offload = 'all'\nreference.offload = 'all'");
+        let files = footprint(&text, Stage::Ppo, mesh(1, 1, 1));
+        assert_eq!(held(&files, "actor: weights"), 4 * parameters());
+        assert_eq!(held(&files, "reference: weights"), 0);
+        assert_eq!(files.file_bytes(), (8 + number) * parameters(), "moments and reference");
+        assert_eq!(held(&files, "reference: a unit"), number * block);
+    }
 }
 
 #[test]

@@ -63,13 +63,15 @@ impl Format {
     }
 }
 
-/// What trained models keep in files.
+/// What is kept in files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Files {
     /// Nothing.
     None,
     /// The moments of the optimizer.
     Optimizer,
+    /// Those, and the weights of models that are not trained.
+    All,
 }
 
 impl Files {
@@ -78,6 +80,15 @@ impl Files {
         match self {
             Files::None => "none",
             Files::Optimizer => "optimizer",
+            Files::All => "all",
+        }
+    }
+
+    fn offload(self) -> Offload {
+        match self {
+            Files::None => Offload::None,
+            Files::Optimizer => Offload::Optimizer,
+            Files::All => Offload::All,
         }
     }
 }
@@ -107,7 +118,7 @@ pub struct Case {
     /// ZeRO stage of the trained models, 0 to 3.
     #[arg(long, default_value_t = 0)]
     pub zero_stage: u8,
-    /// What trained models keep in files. These lie in the system's folder for temporary files, which `TMPDIR` names; in one that
+    /// What models keep in files. These lie in the system's folder for temporary files, which `TMPDIR` names; in one that
     /// is itself in memory nothing is won.
     #[arg(long, value_enum, default_value = "none")]
     pub offload: Files,
@@ -156,13 +167,10 @@ impl Case {
         if self.int8 { WeightFormat::Int8 } else { WeightFormat::Precision }
     }
 
-    /// `placement` for a model that is trained.
-    pub(super) fn trained(&self, placement: Placement) -> Placement {
-        let offload = match self.offload {
-            Files::None => Offload::None,
-            Files::Optimizer => Offload::Optimizer,
-        };
-        let (precision, offload_dir) = (self.precision.precision(), Some(std::env::temp_dir()));
+    /// `placement` with what the case says of every model.
+    pub(super) fn placed(&self, placement: Placement) -> Placement {
+        let (precision, offload) = (self.precision.precision(), self.offload.offload());
+        let offload_dir = Some(std::env::temp_dir());
         Placement { precision, offload, offload_dir, ..placement }
     }
 

@@ -27,8 +27,7 @@ pub(super) fn prompts(shape: Shape, iteration: u64) -> Vec<Vec<u32>> {
 
 /// A model that is not trained, as stages load it: unit by unit, in the format that it is kept in.
 pub(super) fn frozen(case: &Case, head: Head, seed: u64) -> Result<Model, BenchError> {
-    let (precision, weights) = (case.precision.precision(), case.weights());
-    let placement = Placement { precision, is_frozen: true, weights, ..Placement::solo() };
+    let placement = Placement { is_frozen: true, weights: case.weights(), ..case.placed(Placement::solo()) };
     Ok(Blueprint::initial(case.shape.spec(), head, seed).place(&placement)?)
 }
 

@@ -36,7 +36,7 @@ fn iterations(case: &Case) -> Result<Vec<[f64; 3]>, BenchError> {
     let (spec, team) = (case.shape.spec(), Team::solo());
     let engine = |head, seed| {
         let model = Model::initial(spec.clone(), head, seed)?.with_precision(case.precision.precision())?;
-        Engine::placed(model, optimizer(), case.trained(Placement::solo()))
+        Engine::placed(model, optimizer(), case.placed(Placement::solo()))
     };
     let (mut actor, mut critic) = (engine(Head::Language, 1234)?, engine(Head::Scalar, 1235)?);
     let (reference, reward) = (frozen(case, Head::Language, 1234)?, frozen(case, Head::Scalar, 1236)?);

@@ -32,7 +32,7 @@ pub struct TableArgs {
     /// Steps of a measurement.
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
-    /// What our trained models keep in files.
+    /// What our models keep in files.
     #[arg(long, value_enum, default_value = "none")]
     pub offload: Files,
     /// Most tokens in one forward of ours.

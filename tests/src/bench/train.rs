@@ -116,7 +116,7 @@ pub(super) fn run(case: &Case) -> Result<Measured, BenchError> {
 
 fn rank(case: &Case, step: &Step, world: Arc<dyn Collective>, stage: ZeroStage) -> Result<Vec<f64>, BenchError> {
     let parallel = Parallel::new(&world, &ParallelConfig::default())?;
-    let placement = case.trained(Placement::of(parallel, stage));
+    let placement = case.placed(Placement::of(parallel, stage));
     let head = if case.work == Work::Reward { Head::Scalar } else { Head::Language };
     let model = Model::initial(case.shape.spec(), head, 1234)?.place(&placement)?;
     let mut engine = Engine::placed(model, optimizer(), placement)?;
