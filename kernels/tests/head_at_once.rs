@@ -26,7 +26,7 @@ fn at_once_is_one_after_the_other() {
         let dw = start();
         let out = head_logprob(&h, &w, None, &labels, 0.8).unwrap();
         let dh = head_logprob_backward(&dlogp, None, &h, &w, None, &labels, &out, &dw, None).unwrap();
-        let apart: Vec<_> = [&out.logp, &out.entropy, &out.lse, &dh, &dw].map(|tensor| bits(tensor)).into();
+        let apart: Vec<_> = [&out.logp, &out.entropy, &out.lse, &dh, &dw].map(bits).into();
         for threads in [1, 3] {
             let dw = start();
             let once = || head_logprob_with_backward(&dlogp, &h, &w, &labels, 0.8, &dw).unwrap();
