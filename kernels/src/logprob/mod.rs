@@ -6,11 +6,11 @@
 //! log p_v = l_v − log Σ_u exp l_u          entropy = −Σ_v p_v log p_v
 //! ```
 //!
-//! Logits exist one tile (at most 1024 rows × 2048 entries) at a time and are computed again in the backward pass. The
-//! sums run over blocks of 512 entries anchored at entry 0, merged in order with the online softmax of Milakov and
-//! Gimelshein ("Online normalizer calculation for softmax", 2018), so a row's result depends on the row alone.
-//! [`logits`] with [`row_stats`] takes the same steps on a stored row and gives the same bits: what a sampler records is
-//! what training computes.
+//! Logits exist one tile (at most 1024 rows × 2048 entries) at a time and are computed again in the backward pass, unless
+//! forward and backward are one call ([`head_logprob_with_backward`]). The sums run over blocks of 512 entries anchored at
+//! entry 0, merged in order with the online softmax of Milakov and Gimelshein ("Online normalizer calculation for softmax",
+//! 2018), so a row's result depends on the row alone. [`logits`] with [`row_stats`] takes the same steps on a stored row and
+//! gives the same bits: what a sampler records is what training computes.
 //!
 //! Hidden rows and weights are f32, or bf16; everything else is f32. In bf16 the gradient of a tile of logits is rounded
 //! to bf16 before its two products.
