@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::batch::{MicroBatch, Packed};
 use crate::generate::{CacheSize, Completion, KvCache, OnToken, Request, SamplingKey, Scheduler};
-use crate::model::{Dropout, LogProbs, Model, Recompute};
+use crate::model::{Dropout, LogProbs, Model, Recompute, Trace};
 use crate::parallel::{Gradients, Placement};
 use crate::precision::WeightFormat;
 use crate::train::{Optimizer, OptimizerConfig, StepOutcome, schedule};
@@ -193,12 +193,8 @@ impl Engine<Train> {
         recompute: Recompute,
         mut loss: impl FnMut(usize, &LogProbs) -> Result<Tensor>,
     ) -> Result<Vec<Option<(f64, LogProbs)>>> {
-        self.mode.grads.set_reduction(self.optimizer.reduction());
-        self.metered(|engine| {
-            let grads = &mut engine.mode.grads;
-            schedule::run(&engine.model, grads, passes, recompute, |pass, trace, micro_batch, grads| {
-                trace.backward_log_probs(&micro_batch.labels, grads, |out| loss(pass, out))
-            })
+        self.accumulate_all(passes, recompute, |pass, trace, micro_batch, grads| {
+            trace.backward_log_probs(&micro_batch.labels, grads, |out| loss(pass, out))
         })
     }
 
@@ -212,12 +208,8 @@ impl Engine<Train> {
         passes: &[Option<MicroBatch>],
         recompute: Recompute,
     ) -> Result<Vec<Option<(f64, LogProbs)>>> {
-        self.mode.grads.set_reduction(self.optimizer.reduction());
-        self.metered(|engine| {
-            let grads = &mut engine.mode.grads;
-            schedule::run(&engine.model, grads, passes, recompute, |_, trace, micro_batch, grads| {
-                trace.backward_nll(&micro_batch.labels, grads)
-            })
+        self.accumulate_all(passes, recompute, |_, trace, micro_batch, grads| {
+            trace.backward_nll(&micro_batch.labels, grads)
         })
     }
 
@@ -231,13 +223,20 @@ impl Engine<Train> {
         recompute: Recompute,
         mut loss: impl FnMut(usize, &Tensor) -> Result<Tensor>,
     ) -> Result<Vec<Option<(f64, Tensor)>>> {
-        self.mode.grads.set_reduction(self.optimizer.reduction());
-        self.metered(|engine| {
-            let grads = &mut engine.mode.grads;
-            schedule::run(&engine.model, grads, passes, recompute, |pass, trace, _, grads| {
-                trace.backward_scores(grads, |out| loss(pass, out))
-            })
+        self.accumulate_all(passes, recompute, |pass, trace, _, grads| {
+            trace.backward_scores(grads, |out| loss(pass, out))
         })
+    }
+
+    /// Runs all passes and their backwards, each of which says something on the last stage of the pipeline.
+    fn accumulate_all<T>(
+        &mut self,
+        passes: &[Option<MicroBatch>],
+        recompute: Recompute,
+        backward: impl FnMut(usize, Trace<'_>, &MicroBatch, &mut Gradients) -> Result<Option<T>>,
+    ) -> Result<Vec<Option<T>>> {
+        self.mode.grads.set_reduction(self.optimizer.reduction());
+        self.metered(|engine| schedule::run(&engine.model, &mut engine.mode.grads, passes, recompute, backward))
     }
 
     /// Norm of the accumulated gradient over `denominator` terms, before clipping.
