@@ -1,8 +1,13 @@
 //! The innermost loop: a few rows times a few columns of C kept in registers over one block of `k`.
 
+use super::K_BLOCK;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 use crate::simd::{Isa, PORTABLE_FMA, fma};
+
+/// Elements from a row of a panel of A to the next: all terms of a block and a few more, so that a term of all rows is not at
+/// the same place of as many lines, which a core reads more slowly.
+pub(super) const PITCH: usize = K_BLOCK + 4;
 
 /// Terms of a few rows of A.
 #[derive(Clone, Copy)]
@@ -44,7 +49,7 @@ pub(super) struct Tile {
     pub(super) terms: usize,
     pub(super) a: *const f32,
     pub(super) order: Order,
-    /// Where to leave a copy of A, `[terms][rows]`; or null.
+    /// Where to leave a copy of A in order of terms, `[terms][rows]`; or null.
     pub(super) copy: *mut f32,
     /// Where to leave a copy of B, `[terms]` and all columns of the micro-kernel; or null.
     pub(super) copy_b: *mut f32,

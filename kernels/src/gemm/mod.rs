@@ -31,6 +31,8 @@ use crate::simd::simd_fn;
 use crate::view::{tensor, view, view_mut, view_of};
 use crate::{Error, Result};
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::{each_row, multiply_add};
 pub use bf16::{Bf16Path, K_BLOCK_BF16};
 pub(crate) use packed::packed;
 pub use packed::{PackedMatrix, linear_packed, linear_packed_f32, row_maxima};

@@ -2,7 +2,7 @@
 
 use super::K_BLOCK;
 use super::block::{At, Gemm, Part, Right, Task};
-use super::micro::{Ahead, MicroKernel, Order, Tile};
+use super::micro::{Ahead, MicroKernel, Order, PITCH, Tile};
 use super::pack::pack_b;
 use crate::prefetch::LINE;
 use crate::room::Room;
@@ -24,7 +24,7 @@ pub(super) fn run_task(
     b_room: &mut Room,
 ) {
     let (mr, nr) = (kernel.rows, kernel.columns);
-    let panel = a_room.first(mr * K_BLOCK).as_mut_ptr();
+    let panel = a_room.first(mr * PITCH);
     let (first_term, last_term) = (part.k.0, part.k.0 + part.k.1);
     let strips = t.columns.div_ceil(nr);
     for term in (first_term..last_term).step_by(K_BLOCK) {
@@ -33,13 +33,21 @@ pub(super) fn run_task(
         let accumulate = g.accumulate || term > 0;
         for row in (t.row..t.row + t.rows).step_by(mr) {
             let rows = mr.min(t.row + t.rows - row);
-            let mut a = g.a[row * g.a_row_stride + term * g.a_col_stride..].as_ptr();
-            let mut order =
-                if g.a_col_stride == 1 { Order::Rows(g.a_row_stride) } else { Order::Terms(g.a_col_stride) };
+            let in_place = &g.a[row * g.a_row_stride + term * g.a_col_stride..];
+            let (mut a, mut order) = match g.a_col_stride {
+                1 if strips > 1 => {
+                    for (row, panel) in panel.chunks_exact_mut(PITCH).take(rows).enumerate() {
+                        panel[..terms].copy_from_slice(&in_place[row * g.a_row_stride..][..terms]);
+                    }
+                    (panel.as_ptr(), Order::Rows(PITCH))
+                }
+                1 => (in_place.as_ptr(), Order::Rows(g.a_row_stride)),
+                stride => (in_place.as_ptr(), Order::Terms(stride)),
+            };
             for strip in 0..strips {
                 let column = strip * nr;
-                // The first tile of several leaves the rows in the order in which the others read them from L1.
-                let copies = strip == 0 && strips > 1;
+                // Terms that lie a whole row of A apart are left side by side by the first tile of several.
+                let copies = strip == 0 && strips > 1 && matches!(order, Order::Terms(_));
                 let ahead =
                     if matches!(part.b, At::InPlace(_)) && (term > first_term || (row > t.row && strip + 1 < strips)) {
                         let is_last = term + terms == last_term;
@@ -59,7 +67,7 @@ pub(super) fn run_task(
                     terms,
                     a,
                     order,
-                    copy: if copies { panel } else { std::ptr::null_mut() },
+                    copy: if copies { panel.as_mut_ptr() } else { std::ptr::null_mut() },
                     copy_b: if t.rows > mr { copy_b } else { std::ptr::null_mut() },
                     b,
                     b_stride,
@@ -72,7 +80,7 @@ pub(super) fn run_task(
                 // terms (likewise), B with whole panels; the copies have room for a panel each.
                 unsafe { (kernel.run)(&tile) };
                 if copies {
-                    (a, order) = (panel, Order::Terms(rows));
+                    (a, order) = (panel.as_ptr(), Order::Terms(rows));
                 }
             }
         }
@@ -95,8 +103,9 @@ fn next_rows(
     if g.a_col_stride == 1 {
         // Rows one after the other, all their terms at once: later blocks find theirs in L2.
         let part = strip * PAIR * K_BLOCK;
-        let is_far = term == 0 && part < rows * g.a_row_stride;
-        return is_far.then_some(Ahead { start: start.wrapping_add(part), run: terms, stride: 0, pairs: terms });
+        let pairs = (rows * g.a_row_stride).saturating_sub(part).div_ceil(PAIR).min(terms);
+        let is_far = term == 0 && pairs > 0;
+        return is_far.then_some(Ahead { start: start.wrapping_add(part), run: pairs, stride: 0, pairs });
     }
     (strip + 1 == strips).then_some(Ahead { start, run: 1, stride: g.a_col_stride, pairs: terms })
 }
