@@ -54,11 +54,7 @@ pub(super) fn multiply(
                     let (a_values, b_values) = (a.values.as_ptr(), b.values.as_ptr().add(column));
                     let c = c.as_mut_ptr().add(row * c_stride + column);
                     let (t, a) = (steps.clone(), (a_values.add(row * a.row), a.row, a.step));
-                    if columns - column > LANES {
-                        avx512::tile::<2>(a, (b_values, b.stride), t, (c, c_stride), accumulate);
-                    } else {
-                        avx512::tile::<1>(a, (b_values, b.stride), t, (c, c_stride), accumulate);
-                    }
+                    avx512::tile(a, (b_values, b.stride), t, (c, c_stride), columns - column, accumulate);
                 }
             }
         }
@@ -73,25 +69,53 @@ mod avx512 {
     use std::ops::Range;
 
     use super::ROWS;
+    use crate::gemm::{each_row, multiply_add};
     use crate::math::LANES;
 
-    /// Eight rows of `NV` vectors; matrices as a pointer and their strides.
+    /// Eight rows of one or two vectors, as `columns` has; matrices as a pointer and their strides.
     ///
     /// # Safety
     /// The processor has AVX-512, and the matrices hold the tile.
+    #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn tile<const NV: usize>(
+    pub(super) unsafe fn tile(
+        a: (*const f32, usize, usize),
+        b: (*const f32, usize),
+        steps: Range<usize>,
+        c: (*mut f32, usize),
+        columns: usize,
+        accumulate: bool,
+    ) {
+        // SAFETY: by contract.
+        unsafe {
+            match (a.1, columns > LANES) {
+                (1, true) => sums::<ROWS, 2, 1>(a, b, steps, c, accumulate),
+                (32, true) => sums::<ROWS, 2, 32>(a, b, steps, c, accumulate),
+                (64, true) => sums::<ROWS, 2, 64>(a, b, steps, c, accumulate),
+                (128, true) => sums::<ROWS, 2, 128>(a, b, steps, c, accumulate),
+                (_, true) => sums::<ROWS, 2, 0>(a, b, steps, c, accumulate),
+                (_, false) => sums::<ROWS, 1, 0>(a, b, steps, c, accumulate),
+            }
+        }
+    }
+
+    /// [`tile`] of `R` rows of `NV` vectors, with rows of A `ROW` apart, or as far as it says if that is 0.
+    ///
+    /// Where that is known, every other row of A is read by the multiplications themselves: fewer instructions, of which a
+    /// core that serves two programs has too few.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn sums<const R: usize, const NV: usize, const ROW: usize>(
         (a, row, step): (*const f32, usize, usize),
         (b, b_stride): (*const f32, usize),
         steps: Range<usize>,
         (c, c_stride): (*mut f32, usize),
         accumulate: bool,
     ) {
-        let mut sums = [[_mm512_setzero_ps(); NV]; ROWS];
+        let mut sums = [[_mm512_setzero_ps(); NV]; R];
         // SAFETY: by contract, here and below.
         unsafe {
             if accumulate {
-                for r in 0..ROWS {
+                for r in 0..R {
                     for v in 0..NV {
                         sums[r][v] = _mm512_loadu_ps(c.add(r * c_stride + v * LANES));
                     }
@@ -103,15 +127,21 @@ mod avx512 {
                 for v in 0..NV {
                     line[v] = _mm512_loadu_ps(b.add(v * LANES));
                 }
-                for r in 0..ROWS {
-                    let factor = _mm512_set1_ps(*a.add(r * row));
-                    for v in 0..NV {
-                        sums[r][v] = _mm512_fmadd_ps(factor, line[v], sums[r][v]);
+                each_row!(R, I => {
+                    if ROW > 0 && I.is_multiple_of(2) {
+                        for v in 0..NV {
+                            multiply_add::<ROW, I>(a, line[v], &mut sums[I][v]);
+                        }
+                    } else {
+                        let factor = _mm512_set1_ps(*a.add(I * if ROW > 0 { ROW } else { row }));
+                        for v in 0..NV {
+                            sums[I][v] = _mm512_fmadd_ps(factor, line[v], sums[I][v]);
+                        }
                     }
-                }
+                });
                 (a, b) = (a.wrapping_add(step), b.wrapping_add(b_stride));
             }
-            for r in 0..ROWS {
+            for r in 0..R {
                 for v in 0..NV {
                     _mm512_storeu_ps(c.add(r * c_stride + v * LANES), sums[r][v]);
                 }
