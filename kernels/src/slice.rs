@@ -6,13 +6,25 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::element::Element;
+use crate::element::{Element, with_element};
 use crate::error::check_dims;
 use crate::simd::simd_fn;
 use crate::view::{Output, View, view_mut_of, view_of};
 
 /// Elements that one task converts.
 const CHUNK: usize = 16 * 1024;
+
+/// `len` zeros, written by all threads.
+///
+/// # Errors
+/// If the element type is neither f32 nor bf16.
+pub fn zeros(len: usize, dtype: DType) -> Result<Tensor> {
+    with_element!("zeros", dtype, E => {
+        let mut zeros = Output::<E>::new(len);
+        zeros.chunks(CHUNK).for_each(|_| ());
+        zeros.into_tensor(len)
+    })
+}
 
 /// Runs `read` on the elements of a contiguous f32 CPU tensor; see [`with_slice_of`].
 ///

@@ -12,7 +12,7 @@ use common::{bits, flat, random, tensor, values, with_threads};
 use half::bf16;
 use tandem_kernels::slice::{
     SharedTensor, narrow_slice, to_bf16, to_f32, widen_slice, with_slice, with_slice_mut, with_slice_mut_of,
-    with_slice_of,
+    with_slice_of, zeros,
 };
 
 #[test]
@@ -27,6 +27,19 @@ fn slices_are_the_elements_of_the_view() {
     assert_eq!(written.unwrap(), 4);
     assert_eq!(flat(&whole), [1.0, 2.0, 30.0, 4.0, 5.0, 6.0]);
     assert_eq!(SharedTensor::new(&part).unwrap().as_ref(), [30.0, 4.0, 5.0, 6.0]);
+}
+
+#[test]
+fn zeros_are_zero_in_both_types() {
+    for dtype in [DType::F32, DType::BF16] {
+        for len in [0, 1, 100_003] {
+            let all = zeros(len, dtype).unwrap();
+            assert_eq!((all.dims(), all.dtype()), (&[len][..], dtype));
+            let values = all.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+            assert!(values.iter().all(|value| value.to_bits() == 0));
+        }
+    }
+    assert!(zeros(1, DType::F64).is_err());
 }
 
 #[test]

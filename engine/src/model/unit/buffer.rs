@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use tandem_kernels::rng::{Philox, Purpose};
-use tandem_kernels::slice::{narrow_slice, to_bf16, to_f32, with_slice, with_slice_mut_of};
+use tandem_kernels::slice::{narrow_slice, to_bf16, to_f32, with_slice, with_slice_mut_of, zeros};
 
 use super::packed::PackedUnit;
 use super::{Init, UnitLayout};
@@ -37,7 +37,7 @@ impl UnitBuffer {
     /// # Errors
     /// If the memory cannot be had or is less than the layout needs.
     pub fn zeros_padded(layout: &Arc<UnitLayout>, padded: usize) -> Result<Self> {
-        Self::on(layout, Tensor::zeros(padded, DType::F32, &Device::Cpu)?)
+        Self::on(layout, zeros(padded, DType::F32)?)
     }
 
     /// A buffer of zeros of this element type.
@@ -45,7 +45,7 @@ impl UnitBuffer {
     /// # Errors
     /// If the memory cannot be had.
     pub(crate) fn zeros_of(layout: &Arc<UnitLayout>, dtype: DType) -> Result<Self> {
-        Self::on(layout, Tensor::zeros(layout.len(), dtype, &Device::Cpu)?)
+        Self::on(layout, zeros(layout.len(), dtype)?)
     }
 
     /// A buffer at the beginning of `storage`, which it shares.
