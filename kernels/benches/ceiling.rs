@@ -25,14 +25,14 @@ mod x86 {
 
     /// Steps of a loop.
     const STEPS: usize = 4096;
-    /// Bytes that a loop reads again and again: a quarter of a first-level cache.
+    /// Bytes that a loop reads again and again, which any first-level cache holds; a power of two.
     const BYTES: usize = 8192;
 
     #[repr(align(64))]
-    struct Lines([u8; 2 * BYTES]);
+    struct Lines([u8; BYTES]);
 
     pub(crate) fn ceiling(c: &mut Criterion) {
-        let lines = Lines([0; 2 * BYTES]);
+        let lines = Lines([0; BYTES]);
         let mut group = c.benchmark_group("ceiling");
         group.sample_size(50).warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1));
         if Isa::active() >= Isa::Avx512 {
@@ -107,7 +107,7 @@ mod x86 {
 
     #[target_feature(enable = "avx512f")]
     unsafe fn multiply_read(lines: &Lines) {
-        // SAFETY: reads 128 bytes from each multiple of 128 below BYTES on.
+        // SAFETY: reads the lines, 128 bytes a step, and begins again at their end.
         unsafe {
             asm!(
                 clear!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23),
@@ -144,7 +144,7 @@ mod x86 {
     }
 
     unsafe fn multiply_loaded_tiles(lines: &Lines) {
-        // SAFETY: reads 4 KiB from each multiple of 4 KiB below BYTES on.
+        // SAFETY: reads the lines, 4 KiB a step, and begins again at their end.
         unsafe {
             asm!(
                 "2:",

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::super::micro::{Ahead, Tile};
 
-/// Asks for [`Ahead`](Ahead), a pair of lines at a time.
+/// Asks for [`Ahead`], a pair of lines at a time.
 pub(super) struct Asking {
     at: *const f32,
     start: *const f32,

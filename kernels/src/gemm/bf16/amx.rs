@@ -53,7 +53,7 @@ pub(super) unsafe fn multiply(rows: usize, a: Lines, b: &[Tile], sums: &mut Sums
         (start, end) = (start.wrapping_add(ahead.stride), end.wrapping_add(ahead.stride));
     }
     // A step's first tile of A is loaded while the step before still multiplies: on a core that serves two programs, loads
-    // take longer than products. Without lines to ask for in between it is no use.
+    // take longer than products. Beyond the steps that ask for lines it was measured to gain nothing.
     //
     // SAFETY: each step reads two tiles of A, which the caller vouches for, and of B; `sums` holds 32 rows of 128 bytes.
     unsafe {
